@@ -1,0 +1,35 @@
+"""Pyralis: fine-tune large language models faster and in less memory, with exact maths.
+
+Public names are imported when first used: `import pyralis` loads neither torch nor transformers, and changes
+nothing in any other library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_PUBLIC: dict[str, str] = {
+    "PyralisError": "pyralis.errors",
+    "load_config": "pyralis.train.config",
+    "TrainConfig": "pyralis.train.config",
+    "train": "pyralis.train.run",
+    "merge_adapter": "pyralis.export.merge",
+    "fetch_model": "pyralis.models.fetch",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'pyralis' has no attribute {name!r}")
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The command `pyralis`; one file per subcommand group."""

@@ -1,0 +1,62 @@
+"""The command `pyralis`: registers the subcommands and turns errors into one clear message."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import typer
+
+from pyralis import __version__
+from pyralis.errors import PyralisError
+
+# Each module has `register(app)`. They import their heavy dependencies inside the command, so that `--help` is quick.
+COMMANDS: tuple[str, ...] = ()
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"pyralis {__version__}")
+        raise typer.Exit
+
+
+def build_app() -> typer.Typer:
+    app = typer.Typer(
+        name="pyralis",
+        help="Fine-tune large language models: exact, fast, in little memory.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def root(
+        version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    ) -> None:
+        pass
+
+    for name in COMMANDS:
+        importlib.import_module(f"pyralis.cli.{name}").register(app)
+    return app
+
+
+def silence_telemetry() -> None:
+    """No telemetry of any dependency leaves this process. Only the command does this: a library must not set these."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "ANONYMIZED_TELEMETRY_OPT_OUT"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point; never returns. Exit codes: 0 done, 1 failed, 2 bad input, 3 download failed, 130 interrupted."""
+    silence_telemetry()
+    try:
+        build_app()(args=args, standalone_mode=True)
+    except PyralisError as error:
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
+        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        console.print(str(error), markup=False)
+        sys.exit(error.exit_code)

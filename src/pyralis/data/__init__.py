@@ -1,0 +1,1 @@
+"""From files to token ids and labels: formats, templates, masking, packing, collation."""

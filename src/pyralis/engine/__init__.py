@@ -1,0 +1,1 @@
+"""The micro-step: eager and graphed."""

@@ -1,0 +1,43 @@
+"""What Pyralis raises at its users.
+
+Each message says what was given, what was expected and what to do. The command line prints these without a
+traceback and exits with `exit_code`; anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class PyralisError(Exception):
+    """Base of every error a user can cause and mend."""
+
+    exit_code = 1
+
+
+class ConfigError(PyralisError, ValueError):
+    """A key, value or combination in a config that cannot be trained with."""
+
+    exit_code = 2
+
+
+class DataError(PyralisError, ValueError):
+    """A data file or row that cannot be used; the message names file and line."""
+
+    exit_code = 2
+
+
+class TemplateError(PyralisError, ValueError):
+    """A chat template that is unknown, or whose assistant spans cannot be found."""
+
+    exit_code = 2
+
+
+class ModelError(PyralisError, ValueError):
+    """A model folder, architecture or weight file that cannot be used."""
+
+    exit_code = 2
+
+
+class FetchError(PyralisError, OSError):
+    """A download that failed at every source, or whose checksum is wrong."""
+
+    exit_code = 3

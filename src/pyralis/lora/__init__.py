@@ -1,0 +1,1 @@
+"""LoRA through PEFT: targets, injection, what is trainable."""

@@ -1,0 +1,1 @@
+"""One operation per file: public function, autograd, Triton kernel, readable reference, `supported()`."""

@@ -1,0 +1,1 @@
+"""Configs, the training run and its report."""
