@@ -1,0 +1,41 @@
+"""`pyralis train CONFIG [key=value ...]`, and with `--check` only what would run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    @app.command()
+    def train(
+        config: Annotated[str, typer.Argument(help="A JSON or YAML config; see train_args/ and `pyralis init`.")],
+        overrides: Annotated[
+            list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override fields of the config.")
+        ] = None,
+        check: Annotated[
+            bool, typer.Option("--check", help="Check the config and print it; needs no model, data or GPU.")
+        ] = False,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="With --check: print the effective config as JSON.")
+        ] = False,
+    ) -> None:
+        """Fine-tune a model as a config says: pretrain or SFT, by full, LoRA or QLoRA."""
+        if check:
+            from rich.console import Console
+
+            from pyralis.train.check_report import format_check, json_check
+            from pyralis.train.config import load_config
+
+            loaded = load_config(config, overrides or ())
+            if as_json:
+                typer.echo(json_check(loaded))
+            else:
+                Console(highlight=False).print(format_check(loaded))
+            return
+        from pyralis.train.run import train as run
+
+        result = run(config, overrides or ())
+        if result.status == "interrupted":
+            raise typer.Exit(130)

@@ -1,0 +1,182 @@
+"""Output folders: what lies in one, whether a run may start, resume or must be refused, and atomic writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyralis.errors import ConfigError
+
+CONFIG_NAME = "pyralis_config.json"
+RUN_NAME = "pyralis_run.json"
+STAGING_PREFIX = ".saving-"
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+# What may differ between an unfinished run and the config that resumes it: none of these changes a gradient already
+# taken. Longer training is allowed; it changes the schedule from the resumed step on.
+FREE_TO_CHANGE = frozenset(
+    {
+        "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "cache_dir", "run_name", "report_to", "project",
+        "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "save_total_limit", "save_steps",
+        "save_strategy", "save_only_model", "logging_steps", "logging_strategy", "logging_first_step", "eval_steps",
+        "eval_strategy", "eval_delay", "eval_on_start", "eval_file", "per_device_eval_batch_size", "num_train_epochs",
+        "max_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+        "dataloader_prefetch_factor", "tokenize_num_workers", "sample_prompts", "sample_max_new_tokens",
+        "gradient_checkpointing", "acceleration", "use_unsloth", "push_to_hub", "hub_token", "hub_model_id",
+        "local_rank", "ddp_timeout",
+    }
+)  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader or a killed run never sees half a file."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Whole checkpoints, oldest first. Staging folders of a killed save are not among them."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(m.group(1)), p) for p in output_dir.iterdir() if p.is_dir() and (m := _CHECKPOINT.match(p.name))]
+    return sorted((step, path) for step, path in found if (path / "trainer_state.json").is_file())
+
+
+def rotate_checkpoints(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints above `limit` (None or 0: keep all); the best and the newest stay."""
+    if not limit or limit <= 0:
+        return
+    checkpoints = [path for _, path in list_checkpoints(output_dir)]
+    keep = {checkpoints[-1].resolve()} if checkpoints else set()
+    if best is not None:
+        keep.add(Path(best).resolve())
+    excess = len(checkpoints) - max(limit, len(keep))
+    for path in checkpoints:
+        if excess <= 0:
+            break
+        if path.resolve() not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+            excess -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class StartPoint:
+    """How a run begins: afresh (`checkpoint` None) or from a checkpoint, with what there is to say about it."""
+
+    checkpoint: Path | None
+    notes: tuple[str, ...] = ()
+
+
+def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    keys = (set(old) | set(new)) - FREE_TO_CHANGE
+    return sorted(k for k in keys if old.get(k) != new.get(k))
+
+
+def _check_same_run(output_dir: Path, effective: Mapping[str, Any]) -> None:
+    saved_path = output_dir / CONFIG_NAME
+    if not saved_path.is_file():
+        return
+    saved = json.loads(saved_path.read_text(encoding="utf-8"))
+    different = _different_keys(saved, effective)
+    if different:
+        lines = "\n".join(f"  {k}: was {saved.get(k)!r}, now {effective.get(k)!r}" for k in different)
+        raise ConfigError(
+            f"{output_dir} holds an unfinished run of another config:\n{lines}\n"
+            "Set these back to resume it, choose another output_dir, or set overwrite_output_dir: true to start anew."
+        )
+
+
+def find_start_point(
+    output_dir: Path,
+    effective: Mapping[str, Any],
+    *,
+    resume: str | bool | None = "auto",
+    overwrite: bool = False,
+) -> StartPoint:
+    """Decide how a run into `output_dir` begins.
+
+    Args:
+        output_dir: the run's folder; need not exist.
+        effective: the effective config, compared with that of an unfinished run found there.
+        resume: "auto" (resume an unfinished run if there is one), True (there must be one), False/None (never), or a
+            checkpoint folder.
+        overwrite: start anew although the folder holds a run.
+
+    Raises:
+        ConfigError: the folder holds a finished run, or an unfinished one that this config does not continue.
+    """
+    if isinstance(resume, str) and resume.lower() not in ("auto", "true", "false", ""):
+        path = Path(resume)
+        if not (path / "trainer_state.json").is_file():
+            near = ", ".join(p.name for _, p in list_checkpoints(path.parent)) or "none"
+            raise ConfigError(
+                f"resume_from_checkpoint: {resume} is no whole checkpoint (no trainer_state.json in it); "
+                f"checkpoints beside it: {near}."
+            )
+        return StartPoint(path, (f"resuming from {path}",))
+    if isinstance(resume, str):
+        resume = {"true": True, "false": False, "": False}.get(resume.lower(), "auto")
+
+    checkpoints = list_checkpoints(output_dir)
+    status = run_status(output_dir)
+    if overwrite and resume is not True:
+        notes = (f"overwrite_output_dir: the earlier run in {output_dir} is replaced",) if status or checkpoints else ()
+        return StartPoint(None, notes)
+    if status == "finished":
+        raise ConfigError(
+            f"output_dir {output_dir} already holds a finished run. Choose another output_dir, or set "
+            "overwrite_output_dir: true to replace it (on the command line: overwrite_output_dir=true)."
+        )
+    if not checkpoints:
+        if resume is True:
+            raise ConfigError(f"resume_from_checkpoint: true, but {output_dir} holds no whole checkpoint.")
+        return StartPoint(None)
+    step, newest = checkpoints[-1]
+    if not resume:
+        raise ConfigError(
+            f"{output_dir} holds an unfinished run (newest checkpoint: {newest.name}). Set "
+            "resume_from_checkpoint: auto to continue it, choose another output_dir, or set "
+            "overwrite_output_dir: true to start anew."
+        )
+    _check_same_run(output_dir, effective)
+    return StartPoint(newest, (f"resuming the unfinished run in {output_dir} from step {step}",))
+
+
+def run_status(output_dir: Path) -> str | None:
+    """`running`, `interrupted`, `finished`, or None where no run has begun."""
+    path = output_dir / RUN_NAME
+    if not path.is_file():
+        return None
+    return str(json.loads(path.read_text(encoding="utf-8")).get("status"))
+
+
+def prepare_output_dir(output_dir: Path, start: StartPoint) -> None:
+    """Make the folder; clear half-written checkpoints, and the earlier run's ones when starting anew."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for path in output_dir.glob(f"{STAGING_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if start.checkpoint is None:
+        for path in output_dir.glob("checkpoint-*"):
+            if _CHECKPOINT.match(path.name) and path.is_dir():
+                shutil.rmtree(path)
+
+
+def publish(staging: Path, output_dir: Path) -> None:
+    """Move every entry of `staging` into `output_dir`, replacing what has the same name, then drop `staging`."""
+    for item in sorted(staging.iterdir()):
+        target = output_dir / item.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        os.replace(item, target)
+    staging.rmdir()

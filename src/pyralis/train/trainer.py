@@ -1,0 +1,195 @@
+"""Hugging Face's Trainer with an exact loss over accumulation, token counts and atomic checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pyralis.train.checkpoint import STAGING_PREFIX, rotate_checkpoints, write_json
+from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
+
+TRAINER_STATE_NAME = "trainer_state.json"
+COUNTS_NAME = "pyralis_counts.json"
+
+
+@dataclass
+class TokenCounts:
+    """Cumulative tokens of a run, over all processes. Kept on the device until read: reading syncs, adding does not."""
+
+    _supervised: int = 0
+    _total: int = 0
+    _pending: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def add(self, supervised: torch.Tensor, total: torch.Tensor) -> None:
+        self._pending.append((supervised, total))
+        if len(self._pending) >= 256:  # bound the number of live scalars
+            self._drain()
+
+    def _drain(self) -> None:
+        for supervised, total in self._pending:
+            self._supervised += int(supervised)
+            self._total += int(total)
+        self._pending.clear()
+
+    @property
+    def supervised(self) -> int:
+        self._drain()
+        return self._supervised
+
+    @property
+    def total(self) -> int:
+        self._drain()
+        return self._total
+
+    def restore(self, supervised: int, total: int) -> None:
+        self._pending.clear()
+        self._supervised, self._total = supervised, total
+
+
+class PyralisTrainer(Trainer):
+    """`transformers.Trainer` for causal language models.
+
+    - The loss of an optimizer step is the sum over its supervised tokens divided by their number, whatever the split
+      into micro-batches and processes: 1 x 8, 2 x 4 and 8 x 1 give the same gradients.
+    - Evaluation weighs tokens, not batches.
+    - A checkpoint is written beside and renamed: `checkpoint-N` exists only when it is whole.
+    """
+
+    # compute_loss divides by the tokens of the whole accumulated batch, so Trainer must not divide again (5.23+ reads
+    # this; earlier versions read model_accepts_loss_kwargs, set below).
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+        self.token_counts = TokenCounts()
+        self._eval_sums: list[torch.Tensor] | None = None
+        # Label smoothing goes through our loss; Trainer's smoother would take the labels away first.
+        self.label_smoother = None
+
+    # ---- loss ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and num_items is not None:
+            total = sum(
+                (
+                    b["attention_mask"].sum()
+                    if b.get("attention_mask") is not None
+                    else torch.tensor(b["input_ids"].numel())
+                )
+                for b in batches
+            )
+            self.token_counts.add(num_items, total * self.args.world_size)
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the micro-batch's token losses / `num_items_in_batch` (its own number of tokens if not given)."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, use_cache=False)
+        loss, count = supervised_loss_sum(outputs.logits, labels, label_smoothing=self.args.label_smoothing_factor)
+        if num_items_in_batch is None:
+            loss = loss / count.clamp(min=1)
+        else:
+            # Data parallelism averages gradients over processes; the sum over processes is wanted.
+            loss = loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        if not prediction_loss_only or self._eval_sums is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, use_cache=False).logits
+            loss, count = supervised_loss_sum(logits, labels)
+        self._eval_sums.append(torch.stack([loss.double(), count.double()]))
+        return loss / count.clamp(min=1), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, with the loss weighted by tokens and `{prefix}_tokens` beside it."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._eval_sums = []
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            if self._eval_sums:
+                sums = torch.stack(self._eval_sums).sum(0)
+                sums = self.accelerator.reduce(sums, reduction="sum")
+                loss_sum, count = sums.tolist()
+                output.metrics[f"{prefix}_loss"] = loss_sum / max(count, 1.0)
+                output.metrics[f"{prefix}_tokens"] = int(count)
+        finally:
+            self._eval_sums = None
+        return output
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write `checkpoint-N` beside, rename it, then delete what `save_total_limit` no longer keeps."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_dir / f"{STAGING_PREFIX}{final.name}"
+        if trial is None:
+            self.store_flos()
+        if self.args.should_save and staging.exists():
+            shutil.rmtree(staging)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(staging), _internal_call=True)
+        best = self.state.best_global_step
+        if best and ((run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}").exists() or best == self.state.global_step):
+            self.state.best_model_checkpoint = str(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}")
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+        if self.args.should_save:
+            self._export_callback_states()
+            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            counts = {"supervised": self.token_counts.supervised, "total": self.token_counts.total}
+            write_json(staging / COUNTS_NAME, counts)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(staging, final)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(final))
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _export_callback_states(self) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if not isinstance(callback, ExportableState):
+                continue
+            states, name = self.state.stateful_callbacks, type(callback).__name__
+            if isinstance(states.get(name), list):
+                states[name].append(callback.state())
+            else:
+                states[name] = callback.state()
+
+
+__all__ = ["COUNTS_NAME", "IGNORE_INDEX", "PyralisTrainer", "TokenCounts"]
