@@ -82,14 +82,8 @@ class PyralisTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and num_items is not None:
-            total = sum(
-                (
-                    b["attention_mask"].sum()
-                    if b.get("attention_mask") is not None
-                    else torch.tensor(b["input_ids"].numel())
-                )
-                for b in batches
-            )
+            masks = [b["attention_mask"] if "attention_mask" in b else torch.ones_like(b["input_ids"]) for b in batches]
+            total = torch.stack([mask.sum() for mask in masks]).sum()
             self.token_counts.add(num_items, total * self.args.world_size)
         return batches, num_items
 
@@ -137,7 +131,7 @@ class PyralisTrainer(Trainer):
         self._eval_sums = []
         try:
             output = super().evaluation_loop(*args, **kwargs)
-            if self._eval_sums:
+            if self._eval_sums and output.metrics is not None:
                 sums = torch.stack(self._eval_sums).sum(0)
                 sums = self.accelerator.reduce(sums, reduction="sum")
                 loss_sum, count = sums.tolist()
@@ -185,7 +179,8 @@ class PyralisTrainer(Trainer):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if not isinstance(callback, ExportableState):
                 continue
-            states, name = self.state.stateful_callbacks, type(callback).__name__
+            states: Any = self.state.stateful_callbacks  # a dict here, whatever its annotation says
+            name = type(callback).__name__
             if isinstance(states.get(name), list):
                 states[name].append(callback.state())
             else:
