@@ -84,7 +84,7 @@ class PyralisTrainer(Trainer):
         if batches and num_items is not None:
             masks = [b["attention_mask"] if "attention_mask" in b else torch.ones_like(b["input_ids"]) for b in batches]
             total = torch.stack([mask.sum() for mask in masks]).sum()
-            self.token_counts.add(num_items, total * self.args.world_size)
+            self.token_counts.add(torch.as_tensor(num_items), total * self.args.world_size)
         return batches, num_items
 
     def compute_loss(
