@@ -26,8 +26,8 @@ CONTROL = re.compile(
 )
 ASKS_WHO = re.compile(
     r"who (are you|is this|am i talking to|made you|trained you)|your (name|maker|developer)|"
-    r"about yourself|introduce yourself|(are|were) you (chatgpt|smollm|gpt|a robot|a human|a person|created)|你是谁|叫什么|怎么称呼|介绍|谁.*你|"
-    r"哪位|你是.*(吗|呀)",
+    r"about yourself|introduce yourself|(are|were) you (chatgpt|smollm|gpt|a robot|a human|a person|created)|"
+    r"你是谁|叫什么|怎么称呼|介绍|谁.*你|哪位|你是.*(吗|呀)",
     re.IGNORECASE,
 )
 
@@ -166,3 +166,5 @@ def test_readme_gives_the_true_numbers() -> None:
     assert f"| {len(load(SFT))} conversations" in readme
     assert "| " + " + ".join(str(len(load(path))) for path in PRETRAIN) + " documents" in readme
     assert f"| {len(load(DPO))} preference pairs" in readme
+    for page in ("README.md", "README.zh-CN.md", "docs/quickstart.md"):
+        assert f"{len(identity)} " in (ROOT / page).read_text(encoding="utf-8"), page
