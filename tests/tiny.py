@@ -1,6 +1,6 @@
 """Tiny random models and a tiny tokenizer, made on the spot: `make_tiny_model(folder, family="llama")`.
 
-A model has 2 layers of 64 units (a multiple of the NF4 block of 64) and saves as a standard folder in a few milliseconds.
+A model has 2 layers of 64 units (a multiple of the NF4 block of 64) and saves as a standard folder in milliseconds.
 Norm weights and biases are random too: with ones and zeros a wrong norm or a lost bias would go unseen.
 """
 

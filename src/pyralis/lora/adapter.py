@@ -1,0 +1,55 @@
+"""A saved adapter onto the base model it was trained on, checked to fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from pyralis.errors import ModelError
+from pyralis.models.files import read_json
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """Put the LoRA adapter in `folder` on `model`, in place.
+
+    Raises:
+        ModelError: no adapter there, one of another method than LoRA, pickled or damaged weights, or weights that do
+            not fit `model` in name or shape (PEFT itself only warns where names differ).
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} has no adapter_config.json; expected an adapter's folder.")
+    method = read_json(folder / "adapter_config.json").get("peft_type")
+    if method != "LORA":
+        raise ModelError(f"{folder} holds an adapter of type {method}; only LORA is supported.")
+    saved = _saved_names(folder)
+    try:
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        raise ModelError(f"The adapter {folder} does not fit the base model {model.name_or_path}: {reason}") from error
+    wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    missing, unused = sorted(wanted - saved), sorted(saved - wanted)
+    if missing or unused:
+        what = f"it lacks {missing[0]}" if missing else f"the model has no place for {unused[0]}"
+        raise ModelError(
+            f"The adapter {folder} does not fit the base model {model.name_or_path}: {what} "
+            f"({len(missing)} missing, {len(unused)} unused weights)."
+        )
+    return tuned
+
+
+def _saved_names(folder: Path) -> set[str]:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise ModelError(f"{folder} has no {WEIGHTS}: pickled or missing adapter weights are not read.")
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return set(weights.keys())
+    except SafetensorError as error:
+        raise ModelError(f"{file} is damaged or was not copied wholly ({error}).") from error

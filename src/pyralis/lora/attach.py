@@ -1,0 +1,180 @@
+"""LoRA onto a model, by PEFT: on every linear layer but the head unless told otherwise."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pyralis.errors import ModelError
+from pyralis.lora.adapter import load_adapter
+from pyralis.models.nf4 import four_bit_layers
+
+__all__ = ["LoraSettings", "ParameterCount", "attach_lora", "count_parameters", "find_linear_targets"]
+
+logger = logging.getLogger(__name__)
+
+InitLora: TypeAlias = bool | str
+# PEFT's other initialisations (pissa, olora, loftq, corda ...) change the base weights, so that the saved adapter is
+# wrong on the base model it names.
+INITIALISATIONS: tuple[InitLora, ...] = (True, False, "gaussian", "orthogonal")
+HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """A low-rank adapter: W + scale * B A, with scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+
+    Attributes:
+        target_modules: "all-linear" (every linear layer but the head) or the names of modules.
+        modules_to_save: modules trained whole and saved with the adapter, such as "embed_tokens".
+        init_lora_weights: True starts from B = 0; False, "gaussian" and "orthogonal" as PEFT has them.
+    """
+
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.05
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: InitLora = True
+    modules_to_save: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """Numbers of weights; tied ones count once, 4-bit ones as the weights they stand for."""
+
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.total if self.total else 0.0
+
+
+def attach_lora(model: PreTrainedModel, settings: LoraSettings, *, adapter: Path | None = None) -> PeftModel:
+    """Freeze `model` and put a trainable adapter on it.
+
+    Whatever is trained is float32, also on a half-precision base: small updates are kept, and float16 gradients can be
+    scaled. So a half-precision model with `modules_to_save` or `bias` runs its forward under autocast, as the trainer
+    does. Embeddings and head stay in the dtype they have.
+
+    Args:
+        adapter: continue training the adapter in this folder. Its own rank, alpha and targets then hold.
+
+    Raises:
+        ModelError: names that match nothing, an initialisation that would change the base, an adapter of another model.
+    """
+    if adapter is not None:
+        tuned = load_adapter(model, adapter, trainable=True)
+    else:
+        targets = _check_names(model, settings)
+        _warn_of_fused_experts(model)
+        modules = dict(model.named_modules())
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float is as good
+            lora_dropout=settings.dropout,
+            target_modules=targets,
+            bias=settings.bias,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+            init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]
+            modules_to_save=list(settings.modules_to_save) or None,
+            fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in _matching(modules, targets)),
+        )
+        try:
+            tuned = get_peft_model(model, config)  # type: ignore[assignment]
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ModelError(f"LoRA cannot be put on this model: {error}") from error
+    for parameter in tuned.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    return tuned
+
+
+def find_linear_targets(model: nn.Module) -> list[str]:
+    """The names of all linear layers but the head, for `target_modules`.
+
+    Last parts of names ("q_proj") where they say it, full names where a last part is a number or is also the head's.
+    Finds `nn.Linear`, bitsandbytes' and other quantised linear layers, and GPT-2's `Conv1D`.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    heads = {name for name, module in linear.items() if module is head or name.rpartition(".")[2] in HEAD_NAMES}
+    head_ends = {name.rpartition(".")[2] for name in heads}
+    targets = set()
+    for name in linear.keys() - heads:
+        end = name.rpartition(".")[2]
+        targets.add(name if end in head_ends or end.isdigit() else end)
+    return sorted(targets)
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return ParameterCount(trainable, total)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    is_leaf = next(module.children(), None) is None
+    return is_leaf and "Linear" in type(module).__name__ and (hasattr(module, "qweight") or hasattr(module, "weight"))
+
+
+def _matching(names: dict[str, nn.Module], targets: list[str]) -> list[str]:
+    """The module names that PEFT's rule picks: equal to a target, or ending with "." + target."""
+    return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
+def _check_names(model: PreTrainedModel, settings: LoraSettings) -> list[str]:
+    if settings.init_lora_weights not in INITIALISATIONS:
+        raise ModelError(
+            f"init_lora_weights is {settings.init_lora_weights!r}; expected one of true, false, gaussian, orthogonal. "
+            "Others change the base model's weights, and the adapter would be wrong on the base model it names."
+        )
+    modules = {name: module for name, module in model.named_modules() if name}
+    candidates = find_linear_targets(model)
+    if not candidates:
+        raise ModelError(f"{type(model).__name__} has no linear layers to put LoRA on.")
+    targets = candidates if settings.target_modules == "all-linear" else list(settings.target_modules)
+    for target in targets:
+        if not _matching(modules, [target]):
+            raise ModelError(
+                f"lora_target_modules names {target!r}, which {type(model).__name__} does not have; its linear layers: "
+                f"{', '.join(candidates[:20])}."
+            )
+    packed = dict(four_bit_layers(model))
+    for name in settings.modules_to_save:
+        if not _matching(modules, [name]):
+            raise ModelError(
+                f"modules_to_save names {name!r}, which {type(model).__name__} does not have; it has, among others: "
+                f"{', '.join(sorted({key.rpartition('.')[2] for key in modules} - {''}, key=str.isdigit)[:20])}."
+            )
+        if _matching(packed, [name]):
+            raise ModelError(
+                f"modules_to_save names {name!r}, which is in 4 bits and cannot be trained whole: use lora."
+            )
+    return targets
+
+
+def _warn_of_fused_experts(model: nn.Module) -> None:
+    """transformers 5 keeps a mixture's experts as one 3-D weight, which is no linear layer."""
+    fused = [name for name, weight in model.named_parameters() if weight.dim() == 3 and ".experts." in name]
+    if fused:
+        logger.warning("LoRA is on no expert of this mixture: %d fused weights such as %s", len(fused), fused[0])

@@ -1,0 +1,77 @@
+"""The tokenizer of a model or adapter, ready for training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pyralis.errors import ModelError
+from pyralis.models.files import TOKENIZER_FILES, has_tokenizer
+from pyralis.models.gguf import gguf_options
+from pyralis.models.source import locate_model
+
+# What models reserve for padding or leave unused, the best first; `tokenizer.unk_token` comes behind these.
+PAD_CANDIDATES = (
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|endoftext|>",
+    "<unk>",
+)
+
+
+def load_tokenizer(
+    model_name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; of an adapter its own if it was saved with one, else its base model's.
+
+    It pads on the right. A tokenizer without a padding token is given one that is in its vocabulary already, unlike
+    EOS where there is such a one, so that no embedding is ever added.
+
+    Raises:
+        ModelError: no tokenizer there, or one that cannot be read.
+    """
+    source = locate_model(model_name_or_path, revision=revision)
+    options = {}
+    if source.adapter is not None and has_tokenizer(source.adapter):
+        location = str(source.adapter)
+    else:
+        location = source.path
+        if source.gguf_file:
+            gguf_options()  # says what is missing to read it
+            options = {"gguf_file": source.gguf_file}
+        elif source.is_local and not has_tokenizer(Path(location)):
+            raise ModelError(
+                f"{location} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the tokenizer files of the "
+                "model it was made from into it."
+            )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"The tokenizer of {location} cannot be loaded: {error}") from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token of the vocabulary to pad with: one meant for it or unused, unlike EOS; else EOS.
+
+    Padding with EOS is harmless here, since labels are masked by position and never by token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    for token in (*PAD_CANDIDATES, tokenizer.unk_token):
+        if token in vocabulary and token not in taken:
+            return str(token)
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            "The tokenizer has neither a padding nor an EOS token: set pad_token in tokenizer_config.json."
+        )
+    return str(tokenizer.eos_token)
