@@ -1,0 +1,42 @@
+"""The only file that knows what differs between library versions. It asks what a library has, not its number."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "safetensors", "triton")
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries a result depends on, for reports. Libraries that are absent are left out."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def training_argument_fields() -> dict[str, dataclasses.Field[Any]]:
+    """The fields that the installed `transformers.TrainingArguments` takes, by name. Nothing is built."""
+    from transformers.training_args import TrainingArguments
+
+    return {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+# transformers 5.23 renamed these two and warns about the old names; 5.17 knows only the old ones.
+CHECKPOINTING_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def checkpointing_argument(name: str) -> str:
+    """What the installed transformers calls `gradient_checkpointing` or `gradient_checkpointing_kwargs`."""
+    newer = CHECKPOINTING_NAMES[name]
+    return newer if newer in training_argument_fields() else name

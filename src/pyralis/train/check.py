@@ -1,0 +1,199 @@
+"""How fields must fit together, and what their writer should know. One small rule for each concern."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from pyralis.train.check_files import files_rule, model_rule
+from pyralis.train.findings import Finding, note, unused
+from pyralis.train.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from pyralis.train.config import TrainConfig
+
+Rule: TypeAlias = Callable[["TrainConfig"], Iterator[Finding]]
+
+
+def check(config: TrainConfig) -> list[Finding]:
+    """Everything that is wrong or worth knowing about the config as a whole."""
+    return [finding for rule in RULES for finding in rule(config)]
+
+
+def _precision(config: TrainConfig) -> Iterator[Finding]:
+    for bf16, fp16 in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if getattr(config, bf16) and getattr(config, fp16):
+            yield Finding((bf16, fp16), f"{bf16} and {fp16} are both true; at most one may be.")
+    flag = "fp16" if config.fp16 else "bf16" if config.bf16 else None
+    if flag and config.dtype not in ("auto", config.requested_dtype):
+        yield note(flag, "dtype", message=f"{flag}: true counts before dtype: {config.dtype}.")
+    if flag and config.use_cpu:
+        yield note(flag, "use_cpu", message=f"{flag}: on a CPU training computes in float32.")
+
+
+def _task(config: TrainConfig) -> Iterator[Finding]:
+    task = config.task_type
+    if task == "dpo":
+        if config.packing:
+            yield Finding(
+                ("packing", "task_type"), "packing: true does not go with task_type: dpo; pairs are not packed."
+            )
+        if config.max_prompt_length >= config.max_seq_length:
+            yield Finding(
+                ("max_prompt_length", "max_seq_length"),
+                f"max_prompt_length: {config.max_prompt_length} leaves no room for answers in max_seq_length: "
+                f"{config.max_seq_length}; it must be smaller.",
+            )
+    else:
+        yield from unused(config, ("beta", "max_prompt_length"), f"only dpo uses it, and this is {task}")
+    allowed = {"dpo": ("auto", "preference"), "pretrain": ("auto", "text")}
+    if config.data_format not in allowed.get(task, (config.data_format,)):
+        yield Finding(
+            ("data_format", "task_type"),
+            f"data_format: {config.data_format} does not go with task_type: {task}; expected "
+            f"{' or '.join(allowed[task])}.",
+        )
+    if task == "sft" and config.data_format == "preference":
+        yield Finding(("data_format", "task_type"), "data_format: preference goes with task_type: dpo only.")
+    if task == "pretrain":
+        yield from unused(config, ("template_name", "system", "loss_on"), "pretraining learns all text as it is")
+    if task == "dpo":
+        yield from unused(config, ("loss_on",), "dpo compares whole answers")
+
+
+def _mode(config: TrainConfig) -> Iterator[Finding]:
+    lora = tuple(name for name in type(config).model_fields if name.startswith(("lora_", "use_rslora", "use_dora")))
+    quantisation = ("quant_type", "double_quant")
+    if config.train_mode == "full":
+        yield from unused(config, (*lora, "modules_to_save", "init_lora_weights", *quantisation), "train_mode is full")
+        if config.load_adapter:
+            yield Finding(
+                ("load_adapter", "train_mode"),
+                "load_adapter: an adapter cannot go on in train_mode: full; merge it first (`pyralis export merge`), "
+                "or use lora or qlora.",
+            )
+    if config.train_mode == "lora":
+        yield from unused(config, quantisation, "train_mode is lora")
+    initial = config.init_lora_weights
+    if isinstance(initial, str):
+        if not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?|loftq", initial):
+            yield Finding(
+                ("init_lora_weights",),
+                f"init_lora_weights: {json.dumps(initial)} is not allowed; expected true, false, gaussian, orthogonal, "
+                "olora, pissa, pissa_niter_<n> or loftq.",
+            )
+        elif config.train_mode == "qlora" and initial.startswith("pissa"):
+            yield Finding(
+                ("init_lora_weights", "train_mode"),
+                f"init_lora_weights: {initial} needs unquantised weights to decompose; use train_mode: lora.",
+            )
+
+
+def _evaluation(config: TrainConfig) -> Iterator[Finding]:
+    if config.eval_file and config.eval_split:
+        yield Finding(("eval_file", "eval_split"), "eval_file and eval_split are both given; keep one.")
+    has_data = bool(config.eval_file or config.eval_split)
+    if config.eval_strategy != "no" and not has_data:
+        yield Finding(
+            ("eval_strategy", "eval_file", "eval_split"),
+            f"eval_strategy: {config.eval_strategy} needs evaluation data: give eval_file, or eval_split such as 0.05.",
+        )
+    if config.eval_strategy == "no":
+        for name in ("reduce_lr_on_plateau", "greedy"):
+            if config.lr_scheduler_type == name:
+                yield Finding(
+                    ("lr_scheduler_type", "eval_strategy"),
+                    f"lr_scheduler_type: {name} steers by the evaluation loss; set eval_strategy to steps or epoch.",
+                )
+        if has_data:
+            yield note("eval_strategy", message="eval_strategy: no: the evaluation data is not used.")
+    if config.load_best_model_at_end and config.save_strategy != "best":
+        yield from _best_model(config)
+
+
+def _best_model(config: TrainConfig) -> Iterator[Finding]:
+    keys = ("load_best_model_at_end", "eval_strategy", "save_strategy", "eval_steps", "save_steps", "logging_steps")
+    if config.eval_strategy != config.save_strategy:
+        yield Finding(
+            keys,
+            "load_best_model_at_end: true needs eval_strategy and save_strategy to be the same, but they are "
+            f"{config.eval_strategy} and {config.save_strategy}.",
+        )
+        return
+    evaluate, save = config.eval_steps or config.logging_steps, config.save_steps
+    if config.eval_strategy != "steps":
+        return
+    ratio = save / evaluate
+    if (evaluate < 1) != (save < 1) or abs(ratio - round(ratio)) > 1e-6 or round(ratio) == 0:
+        yield Finding(
+            keys,
+            f"load_best_model_at_end: true needs save_steps to be a multiple of eval_steps, not {save} of {evaluate}.",
+        )
+
+
+def _steps(config: TrainConfig) -> Iterator[Finding]:
+    for what in ("logging", "eval", "save"):
+        steps = getattr(config, f"{what}_steps")
+        if getattr(config, f"{what}_strategy") == "steps" and steps and steps > 1 and steps != int(steps):
+            yield Finding((f"{what}_steps",), f"{what}_steps: {steps} is not allowed; from 1 on it must be whole.")
+    if config.warmup_steps > 1 and config.warmup_steps != int(config.warmup_steps):
+        yield Finding(
+            ("warmup_steps",), f"warmup_steps: {config.warmup_steps} is not allowed; from 1 on it must be whole."
+        )
+    if config.max_steps > 0 and "num_train_epochs" in config.model_fields_set:
+        yield note("max_steps", message=f"num_train_epochs: has no effect: max_steps is {config.max_steps}.")
+    if config.overwrite_output_dir and config.resume_from_checkpoint not in ("auto", False):
+        yield Finding(
+            ("overwrite_output_dir", "resume_from_checkpoint"),
+            "overwrite_output_dir: true starts anew and resume_from_checkpoint goes on; keep one of them.",
+        )
+
+
+def _loader(config: TrainConfig) -> Iterator[Finding]:
+    if config.dataloader_num_workers == 0:
+        for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+            if getattr(config, name):
+                yield Finding((name, "dataloader_num_workers"), f"{name} needs dataloader_num_workers of at least 1.")
+
+
+def _speed(config: TrainConfig) -> Iterator[Finding]:
+    meant = config.acceleration if config.use_unsloth is None else "on" if config.use_unsloth else "off"
+    if config.acceleration != meant:
+        yield Finding(
+            ("use_unsloth", "acceleration"),
+            f"use_unsloth: {str(config.use_unsloth).lower()} means acceleration: {meant}, but acceleration is "
+            f"{config.acceleration}. Keep one of them.",
+        )
+    elif config.use_unsloth:
+        yield note("use_unsloth", message="use_unsloth: true: Pyralis's own accelerated path (acceleration: on).")
+    if config.acceleration == "on" and config.use_liger_kernel:
+        yield Finding(
+            ("acceleration", "use_liger_kernel"),
+            "use_liger_kernel and acceleration: on replace the same layers; keep one of them.",
+        )
+
+
+def _distributed(config: TrainConfig) -> Iterator[Finding]:
+    if config.deepspeed and config.fsdp:
+        yield Finding(("deepspeed", "fsdp"), "deepspeed and fsdp are both given; keep one.")
+
+
+def _reporting(config: TrainConfig) -> Iterator[Finding]:
+    named = [config.report_to] if isinstance(config.report_to, str) else config.report_to
+    for name in named:
+        if name not in {"all", "none", *INTEGRATION_TO_CALLBACK}:
+            yield Finding(
+                ("report_to",),
+                f"report_to: {name!r} is not allowed; expected none, all, or some of "
+                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}.{did_you_mean(name, INTEGRATION_TO_CALLBACK)}",
+            )
+
+
+RULES: tuple[Rule, ...] = (
+    *(model_rule, _precision, _task, _mode, _evaluation, _steps, _loader, _speed, _distributed, _reporting),
+    files_rule,
+)
