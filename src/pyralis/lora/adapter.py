@@ -34,7 +34,9 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
         reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise ModelError(f"The adapter {folder} does not fit the base model {model.name_or_path}: {reason}") from error
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-    missing, unused = sorted(wanted - saved), sorted(saved - wanted)
+    # an adapter of the embedding is saved with the embedding itself, which PEFT has put in its place
+    unused = sorted(name for name in saved - wanted if ".base_layer." not in name)
+    missing = sorted(wanted - saved)
     if missing or unused:
         what = f"it lacks {missing[0]}" if missing else f"the model has no place for {unused[0]}"
         raise ModelError(

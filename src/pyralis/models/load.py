@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from pyralis.errors import ConfigError, ModelError
 from pyralis.models.architecture import resolve_architecture
-from pyralis.models.dtype import DtypeName, choose_device, choose_dtype
+from pyralis.models.dtype import DtypeChoice, DtypeName, choose_device, choose_dtype
 from pyralis.models.files import check_weights
 from pyralis.models.gguf import gguf_options
 from pyralis.models.nf4 import is_four_bit, settle_four_bit
@@ -71,8 +71,13 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
 
 
-def load_model(settings: ModelSettings) -> LoadedModel:
+def load_model(
+    settings: ModelSettings, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> LoadedModel:
     """Load a causal language model for training or inference, in eval mode.
+
+    Args:
+        device, dtype: exactly these, instead of what `choose_device` and `choose_dtype` would say.
 
     Raises:
         ModelError: anything about the folder, its files, its architecture or the combination of settings.
@@ -80,8 +85,8 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     """
     source = locate_model(settings.model_name_or_path, revision=settings.revision, base=settings.base)
     _check_source(source, settings)
-    device = choose_device()
-    choice = choose_dtype(settings.dtype, device)
+    device = device or choose_device()
+    choice = DtypeChoice(dtype) if dtype is not None else choose_dtype(settings.dtype, device)
     notes = [choice.note] if choice.note else []
     config = _load_config(source, settings)
     stored = _check_quantization(config, source, settings)

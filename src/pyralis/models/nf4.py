@@ -33,40 +33,45 @@ def settle_four_bit(model: nn.Module, compute_dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def dequantize_layer(layer: Any) -> nn.Module:
-    """The `nn.Linear` (or GPT-2's `Conv1D`) with the weights that a 4-bit layer stands for, in float32 on the CPU.
+def dequantize_weight(layer: Any) -> torch.Tensor:
+    """The weight [out, in] that a 4-bit layer stands for, in float32 on the CPU: exactly `code[index] * absmax`.
 
-    Its weights are exactly `code[index] * absmax`: bitsandbytes rounds to the dtype that was quantised, so that is set
-    to float32 for the call.
+    bitsandbytes rounds it to the dtype that was quantised, so that is set to float32 for the call.
     """
     from bitsandbytes.functional import dequantize_4bit
 
     state = layer.weight.quant_state
     kept, state.dtype = state.dtype, torch.float32
     try:
-        weight_OI = dequantize_4bit(layer.weight.data, state).cpu()
+        return dequantize_4bit(layer.weight.data, state).cpu()
     finally:
         state.dtype = kept
-    bias = None if layer.bias is None else layer.bias.detach().float().cpu()
+
+
+def plain_layer(layer: Any, weight_OI: torch.Tensor) -> nn.Module:
+    """The `nn.Linear` (GPT-2: `Conv1D`) in place of a 4-bit layer, with this weight and the layer's bias."""
     out_features, in_features = weight_OI.shape
     with torch.device("meta"):
         if getattr(layer, "source_cls", None) is Conv1D:
             plain: Any = Conv1D(out_features, in_features)
             weight_OI = weight_OI.t().contiguous()
         else:
-            plain = nn.Linear(in_features, out_features, bias=bias is not None)
+            plain = nn.Linear(in_features, out_features, bias=layer.bias is not None)
     plain.weight = nn.Parameter(weight_OI, requires_grad=False)
-    plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().to(weight_OI), requires_grad=False)
     return plain
 
 
-def dequantize_model(model: PreTrainedModel) -> None:
+def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace every 4-bit layer of `model` by the ordinary layer it stands for, and forget that there was one."""
     for name, layer in list(four_bit_layers(model)):
-        model.set_submodule(name, dequantize_layer(layer))
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method", "_quantization_method", "_pre_quantization_dtype"):
+        model.set_submodule(name, plain_layer(layer, dequantize_weight(layer).to(dtype)))
+    if not hasattr(model.config, "quantization_config"):
+        return
+    del model.config.quantization_config
+    # _weight_conversions would be undone on saving, and unpacking 4 bits cannot be; transformers makes it anew
+    for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
         if name in model.__dict__:
             delattr(model, name)
     for name in ("is_loaded_in_4bit", "is_quantized"):

@@ -28,6 +28,11 @@ class ModelSource:
     gguf_file: str | None = None
 
     @property
+    def location(self) -> str:
+        """The base model as one name or path."""
+        return str(Path(self.path) / self.gguf_file) if self.gguf_file else self.path
+
+    @property
     def is_local(self) -> bool:
         return Path(self.path).is_dir()
 
@@ -61,6 +66,10 @@ def locate_model(model_name_or_path: str, *, revision: str | None = None, base: 
     return ModelSource(model_name_or_path)
 
 
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
 def looks_like_path(name: str) -> bool:
     """Whether a name cannot be a hub name, which is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
@@ -77,7 +86,7 @@ def _to_be_fetched(name: str, revision: str | None) -> bool:
 
 
 def _locate_in_folder(path: Path, revision: str | None, base: str | None) -> ModelSource:
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if is_adapter(path):
         name = base or _adapter_base(path)
         found = locate_model(name, revision=revision)
         if found.adapter is not None:

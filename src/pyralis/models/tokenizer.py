@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pyralis.errors import ModelError
 from pyralis.models.files import TOKENIZER_FILES, has_tokenizer
 from pyralis.models.gguf import gguf_options
-from pyralis.models.source import locate_model
+from pyralis.models.source import is_adapter, locate_model
 
 # What models reserve for padding or leave unused, the best first; `tokenizer.unk_token` comes behind these.
 PAD_CANDIDATES = (
@@ -24,30 +24,20 @@ PAD_CANDIDATES = (
 
 
 def load_tokenizer(
-    model_name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+    model_name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False, base: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; of an adapter its own if it was saved with one, else its base model's.
 
     It pads on the right. A tokenizer without a padding token is given one that is in its vocabulary already, unlike
     EOS where there is such a one, so that no embedding is ever added.
 
+    Args:
+        base: for an adapter, the base model to take instead of the one it names.
+
     Raises:
         ModelError: no tokenizer there, or one that cannot be read.
     """
-    source = locate_model(model_name_or_path, revision=revision)
-    options = {}
-    if source.adapter is not None and has_tokenizer(source.adapter):
-        location = str(source.adapter)
-    else:
-        location = source.path
-        if source.gguf_file:
-            gguf_options()  # says what is missing to read it
-            options = {"gguf_file": source.gguf_file}
-        elif source.is_local and not has_tokenizer(Path(location)):
-            raise ModelError(
-                f"{location} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the tokenizer files of the "
-                "model it was made from into it."
-            )
+    location, options = _find(model_name_or_path, revision, base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code, **options
@@ -58,6 +48,23 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = choose_pad_token(tokenizer)
     return tokenizer
+
+
+def _find(name: str, revision: str | None, base: str | None) -> tuple[str, dict[str, str]]:
+    """Where the tokenizer is, and how to read it if that is inside a GGUF file."""
+    folder = Path(name).expanduser()
+    if is_adapter(folder) and has_tokenizer(folder):
+        return str(folder), {}
+    source = locate_model(name, revision=revision, base=base)
+    if source.gguf_file:
+        gguf_options()  # says what is missing to read it
+        return source.path, {"gguf_file": source.gguf_file}
+    if source.is_local and not has_tokenizer(Path(source.path)):
+        raise ModelError(
+            f"{source.path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the tokenizer files of the "
+            "model it was made from into it."
+        )
+    return source.path, {}
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
