@@ -1,0 +1,236 @@
+"""What is seen while a run goes on: one live line on a terminal, plain aligned lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pyralis.train.format import count_text, duration_text, gib_text, loss_text
+from pyralis.train.metrics import EvalMetrics, MetricsCallback, StepMetrics
+
+SPARKS = "▁▂▃▄▅▆▇█"
+ETA_STEPS = 50
+"""The remaining time is reckoned from the mean of so many last steps."""
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The finite values as bars between their own minimum and maximum."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return ""
+    low, high = min(finite), max(finite)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARKS[round((v - low) * scale)] for v in finite)
+
+
+def bar(share: float, width: int, unicode: bool = True) -> str:
+    full = min(width, int(share * width))
+    return "━" * full + "─" * (width - full) if unicode else "#" * full + "-" * (width - full)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of the live line: the widest form first. The least important pieces make room for the others."""
+
+    importance: int
+    style: str
+    forms: Sequence[str]
+
+
+def fit(parts: Sequence[Part], width: int) -> Text:
+    """As many of the important parts as fit, each as wide as there is room for, in the order given."""
+    chosen: dict[int, str] = {}
+    left = width + 2
+    by_importance = sorted(range(len(parts)), key=lambda i: -parts[i].importance)
+    for i in by_importance:
+        needed = cell_len(parts[i].forms[-1]) + 2
+        if needed <= left:
+            chosen[i], left = parts[i].forms[-1], left - needed
+    for i in (i for i in by_importance if i in chosen):
+        for form in parts[i].forms:
+            if (more := cell_len(form) - cell_len(chosen[i])) <= left:
+                chosen[i], left = form, left - more
+                break
+    pieces = [(chosen[i], parts[i].style) for i in sorted(chosen) if chosen[i]]
+    return Text("  ", no_wrap=True, overflow="crop").join(Text(text, style) for text, style in pieces)
+
+
+class LiveLine(TrainerCallback):
+    """Shows step, loss, learning rate, gradient norm, rates, memory and remaining time.
+
+    Add it behind `metrics`, which measures, and with the Trainer's own ProgressCallback and PrinterCallback removed.
+    On a terminal the line is redrawn several times a second by a thread; whatever is printed or logged meanwhile
+    stands above it. Elsewhere each logged step is one line.
+    """
+
+    def __init__(self, metrics: MetricsCallback, console: Console | None = None) -> None:
+        self.metrics = metrics
+        self.console = console or Console(highlight=False)
+        self.step = self.max_steps = 0
+        self._losses: deque[float] = deque(maxlen=20)
+        self._times: deque[tuple[int, float]] = deque(maxlen=ETA_STEPS + 1)
+        self._evaluating: tuple[int, int | None] | None = None
+        self._live: Live | None = None
+        self._streams: list[tuple[logging.StreamHandler, Any]] = []
+
+    # ---- callbacks ----
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.step, self.max_steps = state.global_step, state.max_steps
+        self._losses.extend(m.loss for m in self.metrics.history if isinstance(m, StepMetrics))
+        if state.is_world_process_zero and self.console.is_terminal:
+            self._live = Live(self, console=self.console, refresh_per_second=8)
+            self._live.start()
+            self._streams = _redirect_log_handlers()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.step = state.global_step
+        self._times.append((self.step, time.monotonic()))  # from the first step's end: that one compiles and warms up
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        row = self.metrics.latest
+        if "loss" not in kwargs["logs"] or row is None:
+            return
+        self._losses.append(row.loss)
+        if self._live is None and state.is_world_process_zero:
+            self.console.print(self._plain_line(row), markup=False, soft_wrap=True)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        done = self._evaluating[0] if self._evaluating else 0
+        try:
+            self._evaluating = (done + 1, len(eval_dataloader))
+        except TypeError:  # an iterable dataset has no length
+            self._evaluating = (done + 1, None)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._evaluating = None
+        row = self.metrics.history[-1] if self.metrics.history else None
+        if isinstance(row, EvalMetrics) and state.is_world_process_zero:
+            perplexity = f"{row.perplexity:.4g}"
+            took = f"   {duration_text(row.seconds)}" if row.seconds is not None else ""
+            self.console.print(
+                f"step {row.step:>{self._digits}}  eval loss {loss_text(row.loss)}  perplexity {perplexity}{took}",
+                markup=False,
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.console.print(f"step {state.global_step:>{self._digits}}  checkpoint saved", markup=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the line as it is and give the terminal back. Also to be called when the run ends by an exception."""
+        for handler, stream in self._streams:
+            handler.setStream(stream)
+        self._streams = []
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    # ---- drawing ----
+
+    @property
+    def _digits(self) -> int:
+        return len(str(self.max_steps))
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Remaining steps x the mean time of the last ones; None before the second step."""
+        if len(self._times) < 2:
+            return None
+        (first, begin), (last, end) = self._times[0], self._times[-1]
+        return (self.max_steps - self.step) * (end - begin) / max(last - first, 1)
+
+    def _plain_line(self, row: StepMetrics) -> str:
+        parts = [
+            f"step {row.step:>{self._digits}}/{self.max_steps}",
+            f"loss {loss_text(row.loss):>7}",
+            f"lr {row.learning_rate:.2e}",
+            f"grad {_norm(row.grad_norm):>5}",
+            f"{count_text(row.supervised_tokens_per_second):>5} sup tok/s",
+            f"{count_text(row.total_tokens_per_second):>5} tok/s",
+            f"{gib_text(_memory(row)):>8}",
+            self._time_text(row),
+        ]
+        return "  ".join(parts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unicode = (options.encoding or "").lower().startswith("utf")
+        yield fit(self._parts(unicode), options.max_width - 1)
+
+    def _parts(self, unicode: bool) -> list[Part]:
+        share = self.step / self.max_steps if self.max_steps else 0.0
+        head = Part(9, "bold", [f"{self.step:>{self._digits}}/{self.max_steps}"])
+        if self._evaluating:
+            done, total = self._evaluating
+            return [head, Part(8, "yellow", [f"evaluating {done}" + (f"/{total}" if total else "")])]
+        progress = Part(4, "cyan", [*(bar(share, width, unicode) for width in (16, 12, 8)), f"{share:.0%}"])
+        row = self.metrics.latest
+        if row is None:
+            return [head, progress, Part(8, "dim", ["waiting for the first loss"])]
+        sparks = sparkline(list(self._losses)) if unicode else ""
+        supervised = count_text(row.supervised_tokens_per_second)
+        return [
+            head,
+            progress,
+            Part(8, "bold green" if math.isfinite(row.loss) else "bold red", [f"loss {loss_text(row.loss)}"]),
+            Part(3, "green", [sparks[-size:] for size in (20, 14, 10, 6)]),
+            Part(5, "", [f"lr {row.learning_rate:.1e}".replace("e-0", "e-").replace("e+00", "")]),
+            Part(5, "", [f"grad {_norm(row.grad_norm)}"]),
+            Part(6, "", [f"{supervised} sup tok/s", f"{supervised} sup/s"]),
+            Part(2, "", [f"{count_text(row.total_tokens_per_second)} tok/s"]),
+            Part(6, "", [gib_text(_memory(row))]),
+            Part(1, "", [f"MFU {row.mfu:.0%}" if row.mfu is not None else ""]),
+            Part(7, "magenta", [self._time_text(row)]),
+        ]
+
+    def _time_text(self, row: StepMetrics) -> str:
+        if self.step >= self.max_steps:
+            return f"took {duration_text(row.elapsed_seconds)}"
+        return f"ETA {duration_text(self.eta_seconds)}"
+
+
+def _memory(row: StepMetrics) -> float | None:
+    return row.peak_memory_gib if row.peak_memory_gib is not None else row.peak_host_memory_gib
+
+
+def _norm(grad_norm: float | None) -> str:
+    return "-" if grad_norm is None else f"{grad_norm:.2f}" if grad_norm < 100 else f"{grad_norm:.3g}"
+
+
+def _redirect_log_handlers() -> list[tuple[logging.StreamHandler, Any]]:
+    """Send handlers that hold the terminal's own streams through the live display, which has put itself in
+    `sys.stdout` and `sys.stderr`: written past it their lines would land inside the live one. Returns what to restore.
+    """
+    behind = {id(getattr(proxy, "rich_proxied_file", None)): proxy for proxy in (sys.stdout, sys.stderr)}
+    loggers = [
+        logging.getLogger(),
+        *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)),
+    ]
+    changed = []
+    for handler in {id(h): h for logger in loggers for h in logger.handlers}.values():
+        if isinstance(handler, logging.StreamHandler) and (proxy := behind.get(id(handler.stream))) is not None:
+            changed.append((handler, handler.stream))
+            handler.setStream(proxy)
+    return changed

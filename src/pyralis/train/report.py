@@ -1,0 +1,125 @@
+"""The report of a run: one HTML file that opens offline, in a light and a dark form."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment as JinjaEnvironment
+from jinja2 import FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pyralis import __version__
+from pyralis.train import format as numbers
+from pyralis.train.environment import Environment
+from pyralis.train.metric_rows import Metric
+from pyralis.train.panel import StartupInfo
+from pyralis.train.summary import summarise
+from pyralis.train.svg import LengthBin, length_chart, loss_chart, loss_points
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedRows:
+    """Rows left out for one reason, some of them as "file:line"."""
+
+    reason: str
+    count: int
+    examples: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DataSummary:
+    """What became of the data. `lengths` may be empty."""
+
+    files: Sequence[str]
+    rows_read: int
+    rows_kept: int
+    truncated_rows: int = 0
+    dropped: Sequence[DroppedRows] = ()
+    lengths: Sequence[LengthBin] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleAnswer:
+    """One question, answered by the model before and after training."""
+
+    question: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportInfo:
+    """All that a report shows. What is None or empty is left out of it.
+
+    `notes` and `warnings` stand beside those of `startup`. `config` is the effective config.
+    """
+
+    startup: StartupInfo
+    metrics: Sequence[Metric]
+    config: Mapping[str, Any]
+    environment: Environment
+    data: DataSummary | None = None
+    samples: Sequence[SampleAnswer] = ()
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    title: str | None = None
+
+
+def write_report(path: str | Path, info: ReportInfo) -> None:
+    """Write the report beside `path` and rename it. Everything that came from outside is escaped."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(render_report(info), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def render_report(info: ReportInfo) -> str:
+    """The page. It asks for nothing from outside, and its policy lets no script run but its own."""
+    jinja = JinjaEnvironment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    jinja.filters |= {
+        "count": numbers.count_text,
+        "duration": numbers.duration_text,
+        "gib": numbers.gib_text,
+        "loss": numbers.loss_text,
+        "number_of": numbers.number_of,
+        "percent": numbers.percent_text,
+        "value": _config_text,
+    }
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    return jinja.get_template("report.html.j2").render(
+        info=info,
+        run=info.startup,
+        summary=summarise(info.metrics),
+        title=info.title or info.startup.model,
+        notes=[*info.startup.notes, *info.notes],
+        warnings=[*info.startup.warnings, *info.warnings],
+        chart=loss_chart(info.metrics),
+        points=loss_points(info.metrics),
+        lengths=length_chart(info.data.lengths) if info.data and info.data.lengths else None,
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    )
+
+
+def _config_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
