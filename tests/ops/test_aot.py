@@ -45,7 +45,7 @@ def test_each_kernel_compiles_for_each_gpu(op: str) -> None:
     check(results)
 
 
-@pytest.mark.full
+@pytest.mark.full  # minutes per op when Triton's cache is cold
 @pytest.mark.parametrize("op", OPS)
 def test_every_configuration_compiles_for_each_gpu(op: str) -> None:
     check(compile_all(op, "--full"))

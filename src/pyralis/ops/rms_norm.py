@@ -12,16 +12,15 @@ Source of the maths: Zhang and Sennrich, Root Mean Square Layer Normalization (2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyralis.ops._norm import MAX_FEATURES, RowLaunch, norm_weight_gradients
 from pyralis.ops._triton import (
     at_least_float32,
     cdiv,
-    gpu_of,
     launch,
     next_power_of_2,
     round_to,
@@ -29,31 +28,13 @@ from pyralis.ops._triton import (
     tl,
     triton,
     unsupported_tensors,
-    warps_for,
 )
-
-MAX_FEATURES = 32768  # a row is held in registers
 
 
 class RMSNormOutput(NamedTuple):
     y: Tensor  # [T, N]
     h: Tensor  # [T, N]: x + residual, or x itself without one
     rstd: Tensor  # [T] float32: 1 / sqrt(mean(h^2) + eps)
-
-
-@dataclass(frozen=True, slots=True)
-class RowLaunch:
-    """How rows of N features are laid over programs."""
-
-    block_n: int  # columns of a tile, a power of two >= N
-    rows: int  # rows of a tile
-    num_warps: int
-
-    @classmethod
-    def of(cls, features: int) -> RowLaunch:
-        block_n = next_power_of_2(features)
-        rows = max(1, 2048 // block_n)  # short rows share a program, so that each thread still has two loads in flight
-        return cls(block_n, rows, warps_for(block_n * rows))
 
 
 def supported(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
@@ -149,7 +130,7 @@ def rms_norm_backward(
     dy, residual_grad (what reaches h past the norm, added in the same pass): [T, N], any row stride. out: default
     [T, N] in h's dtype; may be dy or residual_grad itself. branch_out: the same gradient once more, in its own dtype
     (the half-precision branch of a float32 residual stream). dweight: [N], overwritten; None for a frozen weight.
-    With dweight a float32 workspace [2 * SMs, N] is allocated; its rows are summed in a fixed order.
+    With dweight a second pass reads dy and h again (`norm_weight_gradients`).
     """
     T, N = h.shape
     dx = torch.empty((T, N), dtype=h.dtype, device=h.device) if out is None else out
@@ -164,21 +145,16 @@ def rms_norm_backward(
             dweight.copy_(grad_weight)
         return dx
     plan = RowLaunch.of(N)
-    programs = cdiv(T, plan.rows)
-    partial = None
-    if dweight is not None:
-        programs = min(programs, 2 * gpu_of(h.device).sm_count)
-        partial = torch.empty((programs, N), dtype=torch.float32, device=h.device)
+    if dweight is not None:  # before dx, which may overwrite dy
+        norm_weight_gradients(dy, h, None, rstd, dweight, None)
     launch(
-        _backward_kernel, (programs,),
-        dy, h, weight, rstd, residual_grad, dx, branch_out, partial, T,
+        _backward_kernel, (cdiv(T, plan.rows),),
+        dy, h, weight, rstd, residual_grad, dx, branch_out, T,
         dy.stride(0), h.stride(0), 0 if residual_grad is None else residual_grad.stride(0), dx.stride(0),
         0 if branch_out is None else branch_out.stride(0),
         device=h.device, num_warps=plan.num_warps,
         N=N, BLOCK_N=plan.block_n, ROWS=plan.rows, UNIT_OFFSET=unit_offset,
     )  # fmt: skip
-    if dweight is not None and partial is not None:
-        dweight.copy_(partial.sum(0))
     return dx
 
 
@@ -212,34 +188,26 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
-    dy, h, weight, rstd, residual_grad, dx, branch_out, partial, T,
+    dy, h, weight, rstd, residual_grad, dx, branch_out, T,
     dy_stride, h_stride, residual_stride, dx_stride, branch_stride,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """`reference_backward`; without dweight the grid has a program a tile and the loop runs once."""
-    pid = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_N)
-    dw = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for start in tl.range(pid * ROWS, T, tl.num_programs(0) * ROWS):
-        row = tl.arange(0, ROWS).to(tl.int64) + start
-        mask = (row < T)[:, None] & (col < N)[None, :]
-        g = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        n = tl.load(h + row[:, None] * h_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(rstd + row, mask=row < T, other=0.0)[:, None]
-        w = tl.load(weight + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
-        n = n * s
-        if partial is not None:
-            dw += g * n
-        g = g * (1.0 + w) if UNIT_OFFSET else g * w
-        grad = s * (g - n * (tl.sum(g * n, 1) / N)[:, None])
-        if residual_grad is not None:
-            at = residual_grad + row[:, None] * residual_stride + col[None, :]
-            grad += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        store_as(dx + row[:, None] * dx_stride + col[None, :], grad, mask)
-        if branch_out is not None:
-            store_as(branch_out + row[:, None] * branch_stride + col[None, :], grad, mask)
-    if partial is not None:
-        tl.store(partial + pid * N + col, tl.sum(dw, 0), mask=col < N)
+    mask = (row < T)[:, None] & (col < N)[None, :]
+    g = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    n = tl.load(h + row[:, None] * h_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(rstd + row, mask=row < T, other=0.0)[:, None]
+    n = n * s
+    g = g * (1.0 + w) if UNIT_OFFSET else g * w
+    grad = s * (g - n * (tl.sum(g * n, 1) / N)[:, None])
+    if residual_grad is not None:
+        at = residual_grad + row[:, None] * residual_stride + col[None, :]
+        grad += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    store_as(dx + row[:, None] * dx_stride + col[None, :], grad, mask)
+    if branch_out is not None:
+        store_as(branch_out + row[:, None] * branch_stride + col[None, :], grad, mask)
 
 
 class _RMSNorm(torch.autograd.Function):
