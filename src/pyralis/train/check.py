@@ -86,10 +86,10 @@ def _mode(config: TrainConfig) -> Iterator[Finding]:
                 f"init_lora_weights: {json.dumps(initial)} is not allowed; expected true, false, gaussian, orthogonal, "
                 "olora, pissa, pissa_niter_<n> or loftq.",
             )
-        elif config.train_mode == "qlora" and initial.startswith("pissa"):
+        elif config.train_mode == "qlora" and initial.startswith(("pissa", "orthogonal", "loftq")):
             yield Finding(
                 ("init_lora_weights", "train_mode"),
-                f"init_lora_weights: {initial} needs unquantised weights to decompose; use train_mode: lora.",
+                f"init_lora_weights: {initial} starts from unquantised weights, which qlora does not have; use train_mode: lora.",
             )
 
 
