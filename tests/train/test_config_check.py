@@ -27,9 +27,8 @@ def load(**values: Any) -> LoadedConfig:
         ({"data_format": "preference"}, "dpo only"),
         ({"train_mode": "full", "load_adapter": "out"}, "load_adapter"),
         ({"init_lora_weights": "xavier"}, "gaussian"),
-        ({"init_lora_weights": "pissa_niter_4"}, "starts from unquantised weights"),
-        ({"init_lora_weights": "orthogonal"}, "starts from unquantised weights"),
-        ({"init_lora_weights": "loftq"}, "starts from unquantised weights"),
+        ({"init_lora_weights": "pissa"}, "'gaussian'"),
+        ({"init_lora_weights": "orthogonal"}, "cannot start from 4-bit weights"),
         ({"eval_strategy": "steps"}, "needs evaluation data"),
         ({"eval_file": "a.jsonl", "eval_split": 0.1}, "keep one"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "steers by the evaluation loss"),
@@ -65,7 +64,7 @@ def test_what_does_not_fit_together(values: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     "values",
     [
-        {"init_lora_weights": "pissa_niter_4", "train_mode": "lora"},
+        {"init_lora_weights": "orthogonal", "train_mode": "lora"},
         {
             "load_best_model_at_end": True,
             "eval_split": 0.1,

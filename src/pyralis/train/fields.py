@@ -150,10 +150,10 @@ class OwnFields(BaseModel):
     modules_to_save: list[str] | None = _own(
         None, "Modules trained whole and saved with the adapter, such as embed_tokens and lm_head."
     )
-    init_lora_weights: bool | str = _own(
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = _own(
         True,
-        "How LoRA starts: true (B is zero), gaussian, orthogonal, olora, pissa, pissa_niter_<n>, loftq; "
-        "false: random, for tests.",
+        "How LoRA starts: true (B is zero), gaussian (B is zero, A normal), orthogonal; false: random, for tests. "
+        "Starts that change the base weights, such as pissa, are not offered: the adapter would not fit the base.",
     )
     load_adapter: str | None = _own(None, "Folder of an adapter to go on training.")
     embedding_learning_rate: Number | None = _own(

@@ -181,7 +181,7 @@ OLD_NAMES: dict[str, OldName] = {
     "r": _renamed("PEFT", "lora_rank"),
     "target_modules": OldName("PEFT", ("lora_target_modules",), "PEFT's name", _lora_target),
     "bias": _renamed("PEFT", "lora_bias"),
-    "loftq_config": _refused("PEFT", "Give init_lora_weights: loftq."),
+    "loftq_config": _refused("PEFT", "LoftQ changes the base weights, so the adapter would not fit the base."),
     "torch_dtype": _renamed(_HF, "dtype", values={None: "auto"}, why="renamed by transformers"),
     "load_in_4bit": OldName("Unsloth", ("train_mode",), "Unsloth's name", _load_in_4bit),
     "load_in_8bit": _refused("Unsloth", "4-bit is: train_mode: qlora."),
