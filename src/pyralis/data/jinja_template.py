@@ -46,7 +46,7 @@ class JinjaTemplate(ChatTemplate):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return (self._stop.strip(),)
+        return (self._stop,)
 
     @cached_property
     def control_strings(self) -> tuple[str, ...]:
@@ -185,24 +185,23 @@ class JinjaTemplate(ChatTemplate):
 
     @cached_property
     def _stop(self) -> str:
-        """What the template writes to end an answer, with any space in front of it, from a conversation of one turn."""
+        """What the template writes to end an answer, from a conversation of one turn."""
         probe = (Message("user", "Hello"), Message("assistant", "World"))
         text = self._text(probe, False)
         located = self._locate(probe, [1], text, False)
-        tail = "" if located is None else text[located.of(0)[1] :]
-        ending = tail.strip()
+        ending = "" if located is None else text[located.of(0)[1] :].strip()
         if not ending:
             raise TemplateError(
                 "the tokenizer's chat template writes nothing behind an assistant's answer: a model trained with it "
                 f"would never stop. {_ADVICE}"
             )
-        stop = next((token for token in self._special_tokens if ending.startswith(token)), ending.split("\n")[0])
-        return tail[: tail.index(stop)] + stop
+        return next((token for token in self._special_tokens if ending.startswith(token)), ending.split("\n")[0])
 
     def _stop_behind(self, text: str, end: int, turn: int) -> int:
         """Where the stop text behind the content that ends at `end` ends."""
-        if text.startswith(self._stop, end):
-            return end + len(self._stop)
+        place = len(text) - len(text[end:].lstrip())
+        if text.startswith(self._stop, place):
+            return place + len(self._stop)
         raise TemplateError(
             f"the tokenizer's chat template writes {text[end : end + 20]!r} behind assistant answer {turn + 1} of a "
             f"conversation, not its stop text {self._stop!r}: a model trained with it would not stop. {_ADVICE}"
