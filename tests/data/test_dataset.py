@@ -161,8 +161,8 @@ def test_every_batch_has_something_to_learn(build: Callable[..., BuiltData]) -> 
 @pytest.mark.parametrize(
     ("rows", "advice"),
     [
-        ([LONG, LONG], r"any of the 2 rows: 2 the answer begins behind max_seq_length \(.*:1, .*:2\).*raise max_seq"),
-        ([UNANSWERED], "1 no assistant turn .*needs an assistant turn"),
+        ([LONG, LONG], r"any of the 2 rows. the answer begins behind max_seq_length: 2 \(.*:1, .*:2\).*raise max_seq"),
+        ([UNANSWERED], "no assistant turn: 1 .*needs an assistant turn"),
         ([{"text": ""}], "texts are empty"),
         ([], "there is no row in it"),
     ],

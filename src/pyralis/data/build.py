@@ -130,7 +130,7 @@ def _nothing_left(sources: Sequence[DataSource], tally: Tally) -> str:
     names = ", ".join(source.name for source in sources[:3]) + (" ..." if len(sources) > 3 else "")
     if not tally.rows:
         return f"{names}: there is no row in it."
-    reasons = "; ".join(f"{drop.rows:,} {drop.reason} ({', '.join(drop.examples)})" for drop in tally.drops)
+    reasons = "; ".join(f"{drop.reason}: {drop.rows:,} ({', '.join(drop.examples)})" for drop in tally.drops)
     return (
         f"{names}: nothing can be learnt from any of the {tally.rows.total():,} rows: {reasons}. "
         + _ADVICE[tally.drops[0].reason]

@@ -65,14 +65,14 @@ def _code_digest() -> str:
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what `save_pretrained` writes; fast tokenizers are asked directly (0.2 s for 128k tokens, not 1.5 s)."""
+    """Hash of what `save_pretrained` writes; a fast tokenizer is asked directly (30 ms for 49k tokens)."""
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
     digest.update(json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # earlier calls leave their padding and truncation behind
-        serial = json.loads(backend.to_str())
-        digest.update(json.dumps({**serial, "padding": None, "truncation": None}).encode())
+        # What stands before is the padding and truncation that the last call left behind.
+        serial = backend.to_str()
+        digest.update(serial[max(0, serial.find('"added_tokens"')) :].encode())
         return digest.hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         for name in sorted(tokenizer.save_pretrained(folder)):

@@ -18,12 +18,12 @@ from pyralis.data.encode import Encoder
 from pyralis.data.files import HubDataset, resolve_files
 from pyralis.data.read import load_hub, read_file, read_hub
 from pyralis.data.report import DataReport
-from pyralis.data.settings import DataSettings
+from pyralis.data.settings import DataSettings, TaskType
 from pyralis.data.store import read_dataset
-from pyralis.data.template import ChatTemplate
+from pyralis.data.template import ChatTemplate, resolve_template
 from pyralis.errors import DataError
 
-__all__ = ["BuiltData", "DataReport", "DataSettings", "build_dataset"]
+__all__ = ["BuiltData", "DataReport", "DataSettings", "build_dataset", "template_for"]
 
 logger = logging.getLogger(__name__)
 _REPORT = TypeAdapter(DataReport)
@@ -81,6 +81,20 @@ def build_dataset(
         (folder / REPORT_NAME).unlink(missing_ok=True)
         build_once(folder, build)
         return _load(folder, from_cache=False)
+
+
+def template_for(
+    task_type: TaskType, template_name: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None
+) -> ChatTemplate | None:
+    """The chat template of a job. None for pretraining, and for a tokenizer without one where none is named: data
+    without conversations needs none, and a conversation is then refused with its place.
+
+    Raises:
+        TemplateError: an unknown name, or a template of the tokenizer that cannot be trained with.
+    """
+    if task_type == "pretrain" or not (template_name or tokenizer.chat_template):
+        return None
+    return resolve_template(template_name, tokenizer, system=system)
 
 
 def _load(folder: Path, *, from_cache: bool) -> BuiltData:

