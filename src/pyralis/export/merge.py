@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from peft import PeftModel
@@ -83,6 +83,13 @@ def merge_adapter(
         tokenizer.save_pretrained(staging)
     report(f"wrote {out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e9:.2f} GB")
     return out
+
+
+def check_base_precision(name: str) -> BasePrecision:
+    """`name` if it is a base precision; ModelError otherwise."""
+    if name not in get_args(BasePrecision):
+        raise ModelError(f"base_precision is {name!r}; expected one of {', '.join(get_args(BasePrecision))}.")
+    return cast("BasePrecision", name)
 
 
 def _stored_dtype(source: ModelSource) -> torch.dtype:

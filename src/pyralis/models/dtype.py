@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 
@@ -24,6 +24,13 @@ class DtypeChoice:
 
     dtype: torch.dtype
     note: str = ""
+
+
+def check_dtype_name(name: str) -> DtypeName:
+    """`name` if it is a dtype's; ModelError otherwise."""
+    if name not in get_args(DtypeName):
+        raise ModelError(f"dtype is {name!r}; expected one of {', '.join(get_args(DtypeName))}.")
+    return cast("DtypeName", name)
 
 
 def choose_device() -> torch.device:
