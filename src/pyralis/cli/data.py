@@ -22,13 +22,14 @@ def register(app: typer.Typer) -> None:
         from rich.console import Console
 
         from pyralis.cli.quiet import quiet_libraries
+
+        quiet_libraries()
         from pyralis.data.dataset import DataSettings, build_dataset, template_for
         from pyralis.data.preview import preview
         from pyralis.errors import DataError
         from pyralis.models.tokenizer import load_tokenizer
         from pyralis.train.config import load_config
 
-        quiet_libraries()
         # a pipe gets whole lines
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         messages = Console(stderr=True, highlight=False)
