@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 
 import typer
 
 from pyralis import __version__
+from pyralis.cli.quiet import silence_telemetry
 from pyralis.errors import PyralisError
 
 # Each module has `register(app)`. They import their heavy dependencies inside the command, so that `--help` is quick.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = ("quickstart", "train", "data", "config", "env")
 
 
 def _version(value: bool) -> None:
@@ -39,13 +39,6 @@ def build_app() -> typer.Typer:
     for name in COMMANDS:
         importlib.import_module(f"pyralis.cli.{name}").register(app)
     return app
-
-
-def silence_telemetry() -> None:
-    """No telemetry of any dependency leaves this process. Only the command does this: a library must not set these."""
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "ANONYMIZED_TELEMETRY_OPT_OUT"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main(args: list[str] | None = None) -> None:

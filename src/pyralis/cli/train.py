@@ -34,6 +34,9 @@ def register(app: typer.Typer) -> None:
             else:
                 Console(highlight=False).print(format_check(loaded))
             return
+        from pyralis.cli.quiet import set_up_logging
+
+        set_up_logging()
         from pyralis.train.run import train as run
 
         result = run(config, overrides or ())

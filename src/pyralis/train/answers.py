@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from pyralis.data.template import ChatTemplate, stop_token_ids
 from pyralis.data.tokenize import encode_prompt
 from pyralis.data.types import Message
+from pyralis.train.report import SampleAnswer
 
 
 @torch.no_grad()
@@ -50,3 +54,14 @@ def answer_questions(
     finally:
         model.train(training)
     return answers
+
+
+def answers_table(samples: Sequence[SampleAnswer]) -> Table:
+    """Question, answer before, answer after; the last stands out."""
+    table = Table(box=box.SIMPLE_HEAD, title="The same questions, before and after", title_justify="left", expand=True)
+    table.add_column("question", ratio=2)
+    table.add_column("before", ratio=4, style="dim")
+    table.add_column("after", ratio=4, style="bold")
+    for sample in samples:
+        table.add_row(Text(sample.question), Text(sample.before or "(nothing)"), Text(sample.after or "(nothing)"))
+    return table

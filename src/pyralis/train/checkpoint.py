@@ -16,6 +16,7 @@ from pyralis.errors import ConfigError
 CONFIG_NAME = "pyralis_config.json"
 RUN_NAME = "pyralis_run.json"
 STAGING_PREFIX = ".saving-"
+STATE_NAME = "trainer_state.json"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 # What may differ between an unfinished run and the config that resumes it: none of these changes a gradient already
@@ -50,7 +51,7 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     if not output_dir.is_dir():
         return []
     found = [(int(m.group(1)), p) for p in output_dir.iterdir() if p.is_dir() and (m := _CHECKPOINT.match(p.name))]
-    return sorted((step, path) for step, path in found if (path / "trainer_state.json").is_file())
+    return sorted((step, path) for step, path in found if (path / STATE_NAME).is_file())
 
 
 def rotate_checkpoints(output_dir: Path, limit: int | None, best: str | None) -> None:
@@ -76,6 +77,13 @@ class StartPoint:
 
     checkpoint: Path | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int | None:
+        """The optimizer step of the checkpoint."""
+        if self.checkpoint is None:
+            return None
+        return int(json.loads((self.checkpoint / STATE_NAME).read_text(encoding="utf-8"))["global_step"])
 
 
 def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -118,10 +126,10 @@ def find_start_point(
     """
     if isinstance(resume, str) and resume.lower() not in ("auto", "true", "false", ""):
         path = Path(resume)
-        if not (path / "trainer_state.json").is_file():
+        if not (path / STATE_NAME).is_file():
             near = ", ".join(p.name for _, p in list_checkpoints(path.parent)) or "none"
             raise ConfigError(
-                f"resume_from_checkpoint: {resume} is no whole checkpoint (no trainer_state.json in it); "
+                f"resume_from_checkpoint: {resume} is no whole checkpoint (no {STATE_NAME} in it); "
                 f"checkpoints beside it: {near}."
             )
         return StartPoint(path, (f"resuming from {path}",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,10 +16,9 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pyralis.train.checkpoint import STAGING_PREFIX, rotate_checkpoints, write_json
+from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
 
-TRAINER_STATE_NAME = "trainer_state.json"
 COUNTS_NAME = "pyralis_counts.json"
 
 
@@ -163,7 +163,7 @@ class PyralisTrainer(Trainer):
             self._save_rng_state(str(staging))
         if self.args.should_save:
             self._export_callback_states()
-            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            self.state.save_to_json(str(staging / STATE_NAME))
             counts = {"supervised": self.token_counts.supervised, "total": self.token_counts.total}
             write_json(staging / COUNTS_NAME, counts)
         self.accelerator.wait_for_everyone()
@@ -187,4 +187,11 @@ class PyralisTrainer(Trainer):
                 states[name] = callback.state()
 
 
-__all__ = ["COUNTS_NAME", "IGNORE_INDEX", "PyralisTrainer", "TokenCounts"]
+def restore_counts(trainer: PyralisTrainer, checkpoint: Path) -> None:
+    """Go on counting tokens from where the checkpoint was saved (from zero for a checkpoint of another program)."""
+    path = checkpoint / COUNTS_NAME
+    if path.is_file():
+        trainer.token_counts.restore(**json.loads(path.read_text(encoding="utf-8")))
+
+
+__all__ = ["COUNTS_NAME", "IGNORE_INDEX", "PyralisTrainer", "TokenCounts", "restore_counts"]

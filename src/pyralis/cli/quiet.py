@@ -1,0 +1,35 @@
+"""What only the command does to its process: no telemetry, and a quiet, readable log. A library must not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+def silence_telemetry() -> None:
+    """No telemetry of any dependency leaves this process."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "ANONYMIZED_TELEMETRY_OPT_OUT"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def set_up_logging() -> None:
+    """Pyralis's own log lines from INFO on go to stderr, as they are; other libraries only warn."""
+    quiet_libraries()
+    logger = logging.getLogger("pyralis")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Switch off transformers' progress bars and advice, and bitsandbytes' word on its optional CPU kernels."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()

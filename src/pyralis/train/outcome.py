@@ -1,0 +1,178 @@
+"""What a run leaves for people: the facts for both panels, the picture and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyralis.data.report import DataReport
+from pyralis.train.checkpoint import StartPoint
+from pyralis.train.config import TrainConfig
+from pyralis.train.environment import describe_environment
+from pyralis.train.metric_rows import Metric
+from pyralis.train.panel import DataLine, FinalInfo, StartupInfo
+from pyralis.train.plot import plot_loss
+from pyralis.train.report import DataSummary, DroppedRows, ReportInfo, SampleAnswer, write_report
+from pyralis.train.setup import PreparedData, PreparedModel, checkpoints_layers
+from pyralis.train.summary import RunSummary
+from pyralis.train.svg import LengthBin
+
+if TYPE_CHECKING:
+    from pyralis.train.trainer import PyralisTrainer
+
+PICTURE_NAME, REPORT_NAME = "loss.png", "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeFiles:
+    """Paths of what was written; None for what was not."""
+
+    metrics: Path | None = None
+    picture: Path | None = None
+    report: Path | None = None
+
+
+def describe_start(
+    config: TrainConfig,
+    prepared: PreparedData,
+    model: PreparedModel,
+    trainer: PyralisTrainer,
+    start: StartPoint,
+    notes: Sequence[str],
+) -> StartupInfo:
+    report = prepared.data.report
+    data = [DataLine("train", report.sequences, report.tokens, report.supervised_tokens)]
+    if report.eval is not None:
+        data.append(DataLine("eval", report.eval.sequences, report.eval.tokens, report.eval.supervised_tokens))
+    arguments = trainer.args
+    steps, epochs = planned_steps(trainer, len(prepared.data.train))
+    memory = "layers recomputed in the backward pass" if checkpoints_layers(config, model.loaded.device) else ""
+    return StartupInfo(
+        model=config.model_name_or_path,
+        architecture=str(getattr(model.loaded.model.config, "model_type", "")),
+        parameters=model.parameters.total,
+        trainable_parameters=model.parameters.trainable,
+        task=config.task_type,
+        mode=_mode_text(config),
+        dtype=str(model.loaded.dtype).removeprefix("torch."),
+        device=_device_text(model.loaded.device),
+        data=data,
+        micro_batch_size=arguments.per_device_train_batch_size,
+        grad_accum_steps=arguments.gradient_accumulation_steps,
+        world_size=arguments.world_size,
+        steps=steps,
+        epochs=epochs,
+        optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
+        learning_rate=arguments.learning_rate,
+        schedule=str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
+        output_dir=Path(config.output_dir),
+        quantization=_quantization_text(config, model),
+        max_seq_length=config.max_seq_length,
+        acceleration=[*model.acceleration.lines, *([memory] if memory else [])],
+        resumed_from=str(start.checkpoint) if start.checkpoint else None,
+        notes=[*notes, *start.notes, *model.loaded.notes],
+        warnings=list(report.warnings),
+    )
+
+
+def planned_steps(trainer: PyralisTrainer, rows: int) -> tuple[int, float]:
+    """(optimizer steps, epochs) as the Trainer will count them."""
+    arguments = trainer.args
+    micro_batches = -(-rows // (arguments.per_device_train_batch_size * arguments.world_size))
+    if arguments.dataloader_drop_last:
+        micro_batches = rows // (arguments.per_device_train_batch_size * arguments.world_size)
+    per_epoch = max(1, -(-micro_batches // arguments.gradient_accumulation_steps))
+    if arguments.max_steps > 0:
+        return arguments.max_steps, round(arguments.max_steps / per_epoch, 2)
+    return -(-int(per_epoch * arguments.num_train_epochs * 1000) // 1000), float(arguments.num_train_epochs)
+
+
+def _mode_text(config: TrainConfig) -> str:
+    if config.train_mode == "full":
+        return "full"
+    name = "QLoRA" if config.train_mode == "qlora" else "LoRA"
+    kind = "DoRA, " if config.use_dora else "rsLoRA, " if config.use_rslora else ""
+    return f"{name} ({kind}rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g})"
+
+
+def _quantization_text(config: TrainConfig, model: PreparedModel) -> str | None:
+    if not model.loaded.quantized:
+        return None
+    if config.train_mode != "qlora":
+        return "quantised checkpoint"
+    return f"{config.quant_type.upper()} weights" + (", double quantisation" if config.double_quant else "")
+
+
+def _device_text(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def write_outcome(
+    output_dir: Path,
+    info: StartupInfo,
+    metrics: Sequence[Metric],
+    effective: Mapping[str, Any],
+    data: DataReport,
+    samples: Sequence[SampleAnswer],
+) -> OutcomeFiles:
+    """Draw `loss.png` and write `report.html` into the output folder."""
+    plot_loss(metrics, output_dir / PICTURE_NAME, title=Path(info.model).name)
+    write_report(
+        output_dir / REPORT_NAME,
+        ReportInfo(
+            startup=info,
+            metrics=metrics,
+            config=effective,
+            environment=describe_environment(),
+            data=DataSummary(
+                files=[file.file for file in data.files],
+                rows_read=data.rows_read,
+                rows_kept=data.rows_kept,
+                truncated_rows=data.truncated,
+                dropped=[DroppedRows(d.reason, d.rows, d.examples) for d in data.dropped],
+                lengths=_length_bins(data.length_histogram),
+            ),
+            samples=samples,
+        ),
+    )
+    return OutcomeFiles(output_dir / "metrics.jsonl", output_dir / PICTURE_NAME, output_dir / REPORT_NAME)
+
+
+def _length_bins(histogram: Sequence[tuple[int, int]]) -> list[LengthBin]:
+    """Bins with both edges, from (upper edge, examples)."""
+    uppers = [upper for upper, _ in histogram]
+    return [LengthBin(start, end, count) for start, (end, count) in zip([0, *uppers], histogram)]
+
+
+def final_info(
+    config: TrainConfig,
+    summary: RunSummary,
+    files: OutcomeFiles,
+    interrupted: bool,
+    samples: Sequence[SampleAnswer],
+    next_commands: Sequence[tuple[str, str]] | None,
+) -> FinalInfo:
+    folder = config.output_dir
+    if interrupted:
+        commands: Sequence[tuple[str, str]] = (("the same command again", "goes on from the checkpoint just saved"),)
+    elif next_commands is not None:
+        commands = next_commands
+    else:
+        commands = [(f"pyralis chat {folder}", "talk to it")]
+        if config.train_mode != "full":
+            commands.append((f"pyralis export merge {folder} {folder}-merged", "one folder any program loads"))
+    return FinalInfo(
+        summary=summary,
+        result_dir=Path(folder),
+        metrics=files.metrics,
+        picture=files.picture,
+        report=files.report,
+        next_commands=commands,
+    )
