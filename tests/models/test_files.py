@@ -46,7 +46,7 @@ def test_no_weights(tmp_path: Path) -> None:
 
 def test_a_distributed_checkpoint_is_a_pickle(tmp_path: Path) -> None:
     (make_tiny_model(tmp_path) / "__0_0.distcp").write_bytes(b"")
-    with pytest.raises(ModelError, match="__0_0.distcp"):
+    with pytest.raises(ModelError, match=r"__0_0\.distcp"):
         check_weights(tmp_path)
     check_weights(tmp_path, allow_pickle_weights=True)
 

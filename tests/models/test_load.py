@@ -102,7 +102,7 @@ class TestRefused:
             load_model(ModelSettings("./nowhere"))
 
     def test_an_empty_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match="is not a model: .* in it: nothing"):
+        with pytest.raises(ModelError, match=r"is not a model: .* in it: nothing"):
             load_model(ModelSettings(str(tmp_path)))
 
     def test_pickled_weights(self, tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""What a run left beside its adapter says how its base model was loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyralis.lora.record import TrainingRecord, read_record
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, TrainingRecord()),
+        ({"pyralis_config.json": {"train_mode": "lora"}}, TrainingRecord()),
+        (
+            {"pyralis_config.json": {"train_mode": "qlora", "double_quant": False, "quant_type": "fp4"}},
+            TrainingRecord(True, "fp4", False),
+        ),
+        ({"pyralis_config.json": {"train_mode": "qlora", "fp16": True}}, TrainingRecord(True, dtype=torch.float16)),
+        ({"pyralis_config.json": {"dtype": "bfloat16"}}, TrainingRecord(dtype=torch.bfloat16)),
+        (
+            {
+                "pyralis_config.json": {"train_mode": "qlora", "bf16": True},
+                "pyralis_run.json": {"status": "finished", "compute_dtype": "float32"},
+            },
+            TrainingRecord(True),
+        ),
+    ],
+)
+def test_record(tmp_path: Path, files: dict[str, dict[str, Any]], expected: TrainingRecord) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert read_record(tmp_path) == expected
