@@ -185,3 +185,5 @@ def test_an_adapter_folder_names_its_base(llama: Path, tmp_path: Path) -> None:
     assert loaded.adapter == tmp_path
     assert torch.equal(loaded.model(IDS).logits, AutoModelForCausalLM.from_pretrained(llama)(IDS).logits)
     assert load_tokenizer(str(tmp_path)).get_vocab() == make_tiny_tokenizer().get_vocab()  # of the base
+    with pytest.raises(ModelError, match="which full training would leave out: merge it first"):
+        load_model(ModelSettings(str(tmp_path), "full"))

@@ -134,6 +134,11 @@ def four_bit_config(settings: ModelSettings, compute_dtype: torch.dtype) -> Bits
 
 
 def _check_source(source: ModelSource, settings: ModelSettings) -> None:
+    if source.adapter is not None and settings.train_mode == "full":
+        raise ModelError(
+            f"{source.adapter} is an adapter, which full training would leave out: merge it first "
+            "(`pyralis export merge`) and train the merged model."
+        )
     if source.gguf_file:
         if settings.train_mode == "qlora":
             raise ModelError(
