@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from tests.tiny import make_tiny_model, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pyralis.cli import chat, export, fetch
 from pyralis.errors import FetchError, ModelError
 from pyralis.lora.attach import LoraSettings, attach_lora
+from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tests.tiny import FAMILIES, make_tiny_model, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from pyralis.errors import ModelError
 from pyralis.export.merge import merge_adapter
 from pyralis.lora.attach import LoraSettings, attach_lora
 from pyralis.models.load import ModelSettings, TrainMode, load_model
+from tests.tiny import FAMILIES, make_tiny_model, make_tiny_tokenizer
 
 IDS = torch.arange(4, 4 + 2 * 24).reshape(2, 24) * 5 % 256 + 4
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, build_tiny_model, make_tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from pyralis.errors import ModelError
 from pyralis.lora.attach import LoraSettings, attach_lora, count_parameters, find_linear_targets
 from pyralis.models.load import ModelSettings, load_model
+from tests.tiny import FAMILIES, build_tiny_model, make_tiny_model
 
 IDS = torch.arange(4, 52).reshape(2, 24)
 SPLIT = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import build_tiny_model, make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyralis.errors import FetchError, ModelError
@@ -22,6 +21,7 @@ from pyralis.models.demo import DemoModel, Wheel
 from pyralis.models.download import SourceUnavailable
 from pyralis.models.fetch import MARKER, damage, fetch_model
 from pyralis.models.source import locate_model
+from tests.tiny import build_tiny_model, make_tiny_model
 
 MEMBER = "tiny_demo/tiny.gguf"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.tiny import build_tiny_model, make_tiny_model
 
 from pyralis.errors import ModelError
 from pyralis.models.files import check_weights, read_json
+from tests.tiny import build_tiny_model, make_tiny_model
 
 
 def test_a_whole_model_passes(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, build_tiny_model, make_tiny_model, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pyralis.errors import ModelError
 from pyralis.lora.attach import LoraSettings, attach_lora
 from pyralis.models.load import ModelSettings, load_model, load_tokenizer
 from pyralis.models.nf4 import dequantize_model, dequantize_weight, four_bit_layers
+from tests.tiny import FAMILIES, build_tiny_model, make_tiny_model, make_tiny_tokenizer
 
 IDS = torch.arange(4, 52).reshape(2, 24)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.tiny import FAMILIES, build_tiny_model
 
 from pyralis.models.surgery import STOCK_CLASS, accelerate, decoder_layers, restore
+from tests.tiny import FAMILIES, build_tiny_model
 
 IDS = torch.arange(4, 28)[None]
 

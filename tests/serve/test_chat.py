@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import build_tiny_model, make_tiny_model, make_tiny_tokenizer
 from transformers import PreTrainedModel
 
 from pyralis.data.template import resolve_template
@@ -19,6 +18,7 @@ from pyralis.lora.attach import LoraSettings, attach_lora
 from pyralis.models.load import ModelSettings, load_model
 from pyralis.serve.chat import ChatOptions, ChatSession
 from pyralis.serve.load import ChatModelSettings, load_chat
+from tests.tiny import build_tiny_model, make_tiny_model, make_tiny_tokenizer
 
 GREEDY = ChatOptions(max_new_tokens=12)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.tiny import make_tiny_tokenizer
 
 from pyralis.serve.decode import StreamDecoder
+from tests.tiny import make_tiny_tokenizer
 
 TEXTS = [
     "Hello, world",
