@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data import chat_jinja
-from tests.data.tokenizers import byte_level, tiny_tokenizer
 
 from pyralis.data.jinja_template import JinjaTemplate
 from pyralis.data.rendering import Rendered, SpansOf
@@ -14,6 +12,8 @@ from pyralis.data.template import resolve_template
 from pyralis.data.tokenize import encode_conversation, encode_prompt
 from pyralis.data.types import Message
 from pyralis.errors import TemplateError
+from tests.data import chat_jinja
+from tests.data.tokenizers import byte_level, tiny_tokenizer
 
 SYSTEM = Message("system", "Be brief. 简短些")
 TURNS = (

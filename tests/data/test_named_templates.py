@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from jinja2.exceptions import TemplateError as JinjaError
-from tests.data.tokenizers import byte_level, tiny_tokenizer
 
 from pyralis.data.named_templates import CHATGLM3_SYSTEM, INTERNLM_SYSTEM, LLAMA2_SYSTEM, TEMPLATES, VICUNA_SYSTEM
 from pyralis.data.template import install_template, resolve_template
@@ -14,6 +13,7 @@ from pyralis.data.template_table import template_table
 from pyralis.data.tokenize import encode_conversation, encode_prompt
 from pyralis.data.types import Message
 from pyralis.errors import TemplateError
+from tests.data.tokenizers import byte_level, tiny_tokenizer
 
 SYSTEM = Message("system", "S")
 TURNS = (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.data.tokenizers import SlowBPE, slow_bpe, tiny_tokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
-from pyralis.data.offsets import tokenise, tokens_in
+from pyralis.data.offsets import Tokenised, tokenise, tokens_in
 from pyralis.data.rendering import Span
 from pyralis.errors import TemplateError
+from tests.data.tokenizers import SlowBPE, slow_bpe, tiny_tokenizer
 
 
 def learnt(before: str, span: str, after: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -44,6 +44,11 @@ def learnt(before: str, span: str, after: str, tokenizer: PreTrainedTokenizerBas
         ("slow_sentencepiece_unigram", "<AI>", "龘</s>", "龘", ["<0xE9>", "<0xBE>", "<0x98>", "</s>"]),
         ("byte_level_trimmed", "<AI>", "e\u0301</s>", "", ["Ã", "©", "</s>"]),
         ("unigram", "<AI>", "ﬁ</s>", "ﬁ", ["▁f", "i", "</s>"]),
+        # white space across an edge belongs where it begins
+        ("byte_level", "<AI>", "\n", "\n</s>", ["ĊĊ"]),
+        ("byte_level", "<AI>\n", "\n</s>", "", ["</s>"]),
+        ("slow_bpe", "<AI>", "\n", "\n</s>", ["ĊĊ"]),
+        ("slow_bpe", "<AI>\n", "\n</s>", "", ["</s>"]),
         # a token across the edge of words belongs to both sides
         ("byte_level", "Hel", "lo</s>", "", ["Hello", "</s>"]),
         ("slow_bpe", "Hel", "lo</s>", "", ["Hello", "</s>"]),
@@ -105,3 +110,9 @@ def test_nothing_and_several_spans() -> None:
         (text,) = tokenise(["Hello good morning good morning"], tokenizer)
         spans = [Span(0, 5, 0), Span(10, 18, 1), Span(18, 23, 2)]
         assert tokens_in(spans, text, tokenizer) == [True, False, True, True, False]
+
+
+def test_tokens_of_no_character_belong_where_they_stand() -> None:
+    offsets = [(0, 1), (1, 1), (1, 2), (2, 2), (2, 3)]
+    inside = tokens_in([Span(1, 2, 0)], Tokenised("abc", [0, 1, 2, 3, 4], offsets), tiny_tokenizer("byte_level"))
+    assert inside == [False, True, True, False, False]

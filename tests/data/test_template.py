@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.data.tokenizers import byte_level, tiny_tokenizer
 
 from pyralis.data.named_templates import TEMPLATES
 from pyralis.data.template import (
@@ -19,6 +18,7 @@ from pyralis.data.template import (
 )
 from pyralis.data.types import Message
 from pyralis.errors import TemplateError
+from tests.data.tokenizers import byte_level, tiny_tokenizer
 
 MESSAGES = (Message("user", "Hi 你好"), Message("assistant", "Hello"))
 CHATML = (

@@ -28,6 +28,7 @@ SENTENCES = (
     "Human: 今天天气怎么样？\n\nAssistant: 今天天气很好。[INST] sing a song [/INST] la la la",
     "The answer is 42. 答案是四十二。[Round 1]\n\n问：一加一等于几？\n\n答：二。",
     "system user assistant model USER: hi ASSISTANT: hello Human: hi",
+    "The end.\n\n",
 )
 CONTROL_TOKENS = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",

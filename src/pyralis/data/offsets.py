@@ -5,8 +5,8 @@ white space, or of nothing (such as the "▁" that SentencePiece puts in front o
 token " Hello" of an answer "Hello" is learnt, and a marker that swallows the newline behind it is not.
 
 Fast tokenizers tell each token's characters. For the others (Python and SentencePiece classes) an edge at character p
-is proven at token k by tokenising the text up to p: if that gives the first k tokens of the whole, then these stand for
-the text before p. Where a token lies across p, the nearest provable places around it enclose it.
+is proven at token k by tokenising the text up to p, or from p on: if that gives the first k tokens of the whole, or all
+but the first k, then these stand for that part. Where a token lies across p, the nearest provable places enclose it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,11 @@ def _edge(position: int, span: Span, tokenised: Tokenised, tokenizer: PreTrained
 
     def tokens_before(place: int) -> int | None:
         prefix = tokenizer(text[:place], add_special_tokens=False, verbose=False)["input_ids"]
-        return len(prefix) if ids[: len(prefix)] == prefix else None
+        if ids[: len(prefix)] == prefix:
+            return len(prefix)
+        suffix = tokenizer(text[place:], add_special_tokens=False, verbose=False)["input_ids"]
+        split = len(ids) - len(suffix)
+        return split if ids[split:] == suffix else None
 
     exact = len(ids) if position == len(text) else tokens_before(position)
     if exact is not None:

@@ -16,6 +16,7 @@ from pyralis.data.types import LossOn, Message
 from pyralis.errors import DataError, TemplateError
 
 IGNORE = -100
+_LETTER = "ꙮ"  # of a script that no vocabulary merges with anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,15 @@ def encode_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer
     """The tokens to generate the next answer from: the same that stand in front of it in training.
 
     A space at the end of the generation prompt is left to the answer, whose first token it is part of in training.
+    Line breaks there can be cut into other tokens where nothing follows them (GPT-2's words): then they are taken from
+    the prompt with a letter behind it.
     """
-    text = template.render(messages, add_generation_prompt=True, spans="none").text
-    return tokenise([text.rstrip(" ")], tokenizer)[0].ids
+    text = template.render(messages, add_generation_prompt=True, spans="none").text.rstrip(" ")
+    alone, followed = tokenise([text, text + _LETTER], tokenizer)
+    if followed.ids[: len(alone.ids)] == alone.ids:
+        return alone.ids
+    answer = Span(len(text), len(followed.text), turn=0)
+    return followed.ids[: tokens_in([answer], followed, tokenizer).index(True)]
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool, add_eos: bool) -> list[int]:
