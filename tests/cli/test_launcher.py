@@ -22,9 +22,13 @@ def test_overrides_in_both_manners() -> None:
 @pytest.mark.parametrize("spelling", ["--local_rank=1", "--local-rank=1"])
 def test_launchers_add_the_local_rank(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert parse([spelling, "--train_args_file", "a.json"]) == ["train", "a.json"]
+    assert "LOCAL_RANK" not in os.environ
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert parse([spelling, "--train_args_file", "a.json"]) == ["train", "a.json"]
     assert os.environ["LOCAL_RANK"] == "1"
-    monkeypatch.delenv("LOCAL_RANK")
+    os.environ.pop("LOCAL_RANK")
 
 
 def test_the_file_is_required(capsys: pytest.CaptureFixture[str]) -> None:

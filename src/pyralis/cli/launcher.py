@@ -12,7 +12,8 @@ USAGE = "python train.py --train_args_file CONFIG.json [--check] [key=value ...]
 def parse(argv: list[str]) -> list[str]:
     """Arguments of `pyralis train` for those of Firefly's train.py.
 
-    `--train_args_file FILE` (or `=FILE`), `--local_rank N` of older launchers (goes to LOCAL_RANK), `--key value` pairs
+    `--train_args_file FILE` (or `=FILE`), `--local_rank N` of older launchers (goes to LOCAL_RANK
+    where they run several processes), `--key value` pairs
     of TrainingArguments as `key=value` overrides.
 
     Raises:
@@ -23,7 +24,8 @@ def parse(argv: list[str]) -> list[str]:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help="check the config and print what would run")
     known, rest = parser.parse_known_args(argv)
-    if known.local_rank is not None and known.local_rank >= 0:
+    # Alone it means one process; set without the rest of a launcher's environment it would start a process group.
+    if known.local_rank is not None and known.local_rank >= 0 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(known.local_rank))
     overrides = []
     position = 0

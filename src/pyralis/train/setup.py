@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from pyralis.data.dataset import BuiltData, build_dataset
+from pyralis.data.dataset import BuiltData, build_dataset, template_for
+from pyralis.data.pack import require_isolation
 from pyralis.data.settings import DataSettings
-from pyralis.data.template import ChatTemplate, resolve_template
+from pyralis.data.template import ChatTemplate
 from pyralis.errors import ConfigError
 from pyralis.lora.attach import LoraSettings, ParameterCount, attach_lora, count_parameters
 from pyralis.models.load import LoadedModel, ModelSettings, load_model
@@ -59,9 +60,7 @@ def prepare_data(config: TrainConfig, progress: Any = None) -> PreparedData:
     tokenizer = load_tokenizer(
         config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
     )
-    template = None
-    if config.task_type != "pretrain":
-        template = resolve_template(config.template_name, tokenizer, system=config.system)
+    template = template_for(config.task_type, config.template_name, tokenizer, system=config.system)
     data = build_dataset(DataSettings.from_config(config), tokenizer, template, progress=progress)
     return PreparedData(tokenizer, template, data)
 
@@ -86,6 +85,8 @@ def prepare_model(config: TrainConfig) -> PreparedModel:
             f"train_mode: full, but the weights of {config.model_name_or_path} are quantised and cannot be trained. "
             "Use train_mode: qlora, or the checkpoint that is not quantised."
         )
+    if config.task_type == "sft" and config.packing:
+        require_isolation(loaded.model)
     acceleration = accelerate(loaded.model, config.acceleration)
     if config.acceleration == "on" and acceleration.fast_layers < len(acceleration.layers):
         logger.warning("acceleration: on, but %s", "; ".join(acceleration.lines))

@@ -24,7 +24,10 @@ COUNTS_NAME = "pyralis_counts.json"
 
 @dataclass
 class TokenCounts:
-    """Cumulative tokens of a run, over all processes. Kept on the device until read: reading syncs, adding does not."""
+    """Cumulative tokens of a run, over all processes. Kept on the device until read: reading syncs, adding does not.
+
+    `total` leaves out the padding of padded batches; packed ones have no mask, so their little padding counts.
+    """
 
     _supervised: int = 0
     _total: int = 0
