@@ -12,7 +12,7 @@ from pyralis.cli.quiet import silence_telemetry
 from pyralis.errors import PyralisError
 
 # Each module has `register(app)`. They import their heavy dependencies inside the command, so that `--help` is quick.
-COMMANDS: tuple[str, ...] = ("quickstart", "train", "config", "data", "fetch", "chat", "export", "env")
+COMMANDS: tuple[str, ...] = ("quickstart", "train", "config", "data", "fetch", "chat", "export", "env", "bench")
 
 
 def _version(value: bool) -> None:

@@ -1,0 +1,1 @@
+"""Measurements of Pyralis against its peers and against what the GPU can do."""

@@ -1,0 +1,1 @@
+"""One module per op, each with `cases(shape, tokens) -> list[BenchCase]`; `bench.ops` finds them by name."""
