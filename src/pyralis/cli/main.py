@@ -8,7 +8,7 @@ import sys
 import typer
 
 from pyralis import __version__
-from pyralis.cli.quiet import silence_telemetry
+from pyralis.cli.quiet import set_up_process
 from pyralis.errors import PyralisError
 
 # Each module has `register(app)`. They import their heavy dependencies inside the command, so that `--help` is quick.
@@ -43,7 +43,7 @@ def build_app() -> typer.Typer:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point; never returns. Exit codes: 0 done, 1 failed, 2 bad input, 3 download failed, 130 interrupted."""
-    silence_telemetry()
+    set_up_process()
     try:
         build_app()(args=args, standalone_mode=True)
     except PyralisError as error:

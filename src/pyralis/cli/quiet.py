@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 
-def silence_telemetry() -> None:
-    """No telemetry of any dependency leaves this process."""
+def set_up_process() -> None:
+    """Before anything heavy is imported: no telemetry of any dependency, and no word on what nobody can mend.
+
+    bitsandbytes advises an optional CPU kernel at each import; PEFT reads an attribute that transformers 5.23
+    deprecates.
+    """
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "ANONYMIZED_TELEMETRY_OPT_OUT"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def set_up_logging() -> None:
@@ -27,8 +34,7 @@ def set_up_logging() -> None:
 
 
 def quiet_libraries() -> None:
-    """Switch off transformers' progress bars and advice, and bitsandbytes' word on its optional CPU kernels."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """Switch off transformers' progress bars, which break the live line, and its advice."""
     import transformers
 
     transformers.logging.disable_progress_bar()

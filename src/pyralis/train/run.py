@@ -98,7 +98,7 @@ def train(
 
     prepare_output_dir(output_dir, start)
     write_json(output_dir / CONFIG_NAME, effective)
-    _write_status(output_dir, "running")
+    _write_status(output_dir, "running", model)
     return _run(config, loaded.notes, prepared, model, start, console, next_commands)
 
 
@@ -175,7 +175,7 @@ def _run(
     files = OutcomeFiles(metrics=output_dir / METRICS_NAME)
     if main:
         files = write_outcome(output_dir, info, metrics.history, config.effective(), prepared.data.report, samples)
-        _write_status(output_dir, status, step=trainer.state.global_step, summary=summary)
+        _write_status(output_dir, status, model, step=trainer.state.global_step, summary=summary)
         if samples:
             console.print(answers_table(samples))
         console.print(final_panel(final_info(config, summary, files, interrupted, samples, next_commands)))
@@ -214,11 +214,19 @@ def _save_result(trainer: PyralisTrainer, prepared: PreparedData, output_dir: Pa
     publish(staging, output_dir)
 
 
-def _write_status(output_dir: Path, status: str, *, step: int = 0, summary: RunSummary | None = None) -> None:
+def _write_status(
+    output_dir: Path, status: str, model: PreparedModel, *, step: int = 0, summary: RunSummary | None = None
+) -> None:
+    """`pyralis_run.json`: whether the run is over, and what merging must know of how it computed."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
     environment = describe_environment()
-    record: dict[str, Any] = {"status": status, "step": step, "versions": dict(environment.packages)}
+    record: dict[str, Any] = {
+        "status": status,
+        "step": step,
+        "compute_dtype": str(model.loaded.dtype).removeprefix("torch."),
+        "versions": dict(environment.packages),
+    }
     if summary is not None:
         record |= {
             "first_loss": summary.first_loss,

@@ -94,6 +94,9 @@ def prepare_model(config: TrainConfig) -> PreparedModel:
     if config.train_mode != "full":
         adapter = Path(config.load_adapter) if config.load_adapter else loaded.adapter
         model = attach_lora(loaded.model, lora_settings(config), adapter=adapter)
+        if adapter is None and not Path(config.model_name_or_path).exists():
+            # The name as given, not the cache folder it was found in: the adapter should load on other machines.
+            model.peft_config[model.active_adapter].base_model_name_or_path = config.model_name_or_path
     model.config.use_cache = False
     return PreparedModel(model, loaded, acceleration, count_parameters(model))
 
