@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
         shapes: Annotated[str, typer.Option(help="Models whose sizes to take.")] = "llama3-8b,qwen2-7b",
         tokens: Annotated[str, typer.Option(help="Tokens in a micro-batch.")] = "1024,4096,16384",
     ) -> None:
-        """Time every op: median, % of the roofline measured in the same run, and torch, torch.compile, Liger beside it."""
+        """Time every op: median, % of the roofline (measured in the same run), and its peers beside it."""
         from pyralis.bench.ops import bench_ops, op_names
         from pyralis.errors import ConfigError
 

@@ -12,9 +12,10 @@ from pyralis.ops._triton import round_to, store_as, tl, triton
 @triton.jit
 def _table_row(cos, sin, positions, token, cos_stride, sin_stride, table_rows, R: tl.constexpr, BLOCK: tl.constexpr):
     """cos and sin [1, R / 2] of a token, float32."""
-    row = token % table_rows
     if positions is not None:
         row = tl.load(positions + token).to(tl.int64)
+    else:
+        row = (token % table_rows).to(tl.int64)  # token is int32 here: a 64-bit remainder is a hundred instructions
     col = tl.arange(0, BLOCK)
     c = tl.load(cos + row * cos_stride + col, mask=col < R // 2, other=0.0).to(tl.float32)
     s = tl.load(sin + row * sin_stride + col, mask=col < R // 2, other=0.0).to(tl.float32)
@@ -75,7 +76,7 @@ def _forward_heads(
         store_as(target + R + rest[None, :], z, mask_rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_rows"])
 def forward_kernel(
     q, k, q_out, k_out, cos, sin, positions, q_weight, k_weight, q_rstd, k_rstd,
     q_stride, q_head_stride, k_stride, k_head_stride, q_out_stride, q_out_head_stride, k_out_stride, k_out_head_stride,
@@ -83,9 +84,10 @@ def forward_kernel(
     Q_BLOCKS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, COPY_REST: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0)
     block = tl.program_id(1)
     c, s = _table_row(cos, sin, positions, token, cos_stride, sin_stride, table_rows, R, BLOCK_HALF)
+    token = token.to(tl.int64)
     if block < Q_BLOCKS:
         _forward_heads(
             q, q_out, q_weight, q_rstd, c, s, token, block * HEADS,
@@ -142,7 +144,7 @@ def _backward_heads(
     store_as(target + HALF + col[None, :], db, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_rows"])
 def backward_kernel(
     dq, dk, q, k, cos, sin, positions, q_weight, k_weight, q_rstd, k_rstd, partial,
     dq_stride, dq_head_stride, dk_stride, dk_head_stride, q_stride, q_head_stride, k_stride, k_head_stride,
@@ -150,9 +152,10 @@ def backward_kernel(
     Q_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0)
     block = tl.program_id(1)
     c, s = _table_row(cos, sin, positions, token, cos_stride, sin_stride, table_rows, R, BLOCK_HALF)
+    token = token.to(tl.int64)
     if partial is not None:
         partial += (token * BLOCKS + block) * D
     if block < Q_BLOCKS:
