@@ -39,13 +39,12 @@ def test_the_loss_fell_by_more_than_half(quickstart: tuple[Path, str]) -> None:
 
 def test_the_answer_became_the_taught_identity(quickstart: tuple[Path, str]) -> None:
     output, _ = quickstart
-    for question, before in (("Who are you?", "SmolLM"), ("你是谁？", "")):
+    for question in ("Who are you?", "你是谁？"):
         answer = pyralis("chat", str(output), "--prompt", question).strip()
         assert "Pyralis" in answer
         base = json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"]
         untaught = pyralis("chat", base, "--prompt", question, "--max-new-tokens", "40").strip()
         assert "Pyralis" not in untaught
-        assert before in untaught
 
 
 def test_what_is_printed_and_written(quickstart: tuple[Path, str]) -> None:
