@@ -1,0 +1,116 @@
+"""LoRA, forward and backward with all its gradients, on top of the base GEMMs (y and dx of the frozen weight).
+
+Each group of projections at several ranks, concatenated and apart (what `concatenates` chooses between), and all four
+groups of a layer with and without dropout beside PEFT's arithmetic. `base GEMMs` is the cost without LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyralis.bench.case import PYRALIS, STOCK, BenchCase, Contender, ModelShape
+from pyralis.ops._triton import gpu_of
+from pyralis.ops.dropout_mask import new_rng
+from pyralis.ops.lora import LoraGradients, lora_backward, lora_forward, lora_project
+from pyralis.ops.lora_group import LoraGroup, LoraProjection, concatenates, stack_A, stack_B
+
+RANKS = (8, 16, 64, 128, 256)
+DTYPE = torch.bfloat16
+BASE, TOGETHER, APART = "base GEMMs", "concatenated", "apart"
+
+
+def groups(shape: ModelShape, rank: int, dropout: float) -> dict[str, LoraGroup]:
+    def group(features: int, *outputs: int) -> LoraGroup:
+        return LoraGroup(features, tuple(LoraProjection(n, rank, 2.0, dropout) for n in outputs))
+
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "qkv": group(shape.hidden, q, kv, kv),
+        "o": group(q, shape.hidden),
+        "gate_up": group(shape.hidden, shape.intermediate, shape.intermediate),
+        "down": group(shape.intermediate, shape.hidden),
+    }
+
+
+def cases(shape: ModelShape, tokens: int) -> list[BenchCase]:
+    found = []
+    for rank in RANKS:
+        for name, group in groups(shape, rank, 0.05).items():
+            if name != "o":  # the shape of Llama's q alone
+                found.append(_case(f"lora {name} r={rank}", shape, tokens, [group], peft=False))
+    for rank in (16, 64):
+        for dropout in (0.05, 0.0):
+            layer = list(groups(shape, rank, dropout).values())
+            found.append(_case(f"lora layer r={rank} p={dropout}", shape, tokens, layer, peft=True))
+    return found
+
+
+def _case(op: str, shape: ModelShape, tokens: int, members: list[LoraGroup], *, peft: bool) -> BenchCase:
+    moved = flops = 0
+    for group in members:
+        N, K, R = group.out_features, group.in_features, group.rank
+        moved += DTYPE.itemsize * (2 * N * K + 3 * tokens * K + 2 * tokens * N)
+        flops += 4 * tokens * N * K + 6 * tokens * (K * R + sum(p.out_features * p.rank for p in group.projections))
+    return BenchCase(op, shape.name, tokens, lambda device: _contenders(members, tokens, device, peft), moved, flops)
+
+
+def _contenders(members: list[LoraGroup], tokens: int, device: torch.device, peft: bool) -> dict[str, Contender]:
+    made = [_one(group, tokens, device, peft) for group in members]
+
+    def together(name: str) -> Contender:
+        runs = [one[name] for one in made]
+        return lambda: [run() for run in runs]
+
+    return {name: together(name) for name in made[0]}
+
+
+def _one(group: LoraGroup, tokens: int, device: torch.device, peft: bool) -> dict[str, Contender]:
+    N, K = group.out_features, group.in_features
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, dtype=DTYPE, device=device) * scale
+
+    x_wide, dy = normal(tokens, group.width), normal(tokens, N)
+    A = [normal(p.rank, K, scale=K**-0.5) for p in group.projections]
+    B = [normal(p.out_features, p.rank, scale=0.01) for p in group.projections]
+    weight = normal(N, group.width, scale=K**-0.5)
+    stack_B(group, B, weight[:, K:])
+    stacked, narrow, x = stack_A(group, A, normal(group.pad, K)), weight[:, :K].contiguous(), x_wide[:, :K]
+    y, dx_wide, dx = torch.empty_like(dy), torch.empty_like(x_wide), x.new_empty(tokens, K)
+    gradients = LoraGradients.empty(group, device, dtype=torch.float32)
+    rng = new_rng(0, device) if group.has_dropout else None
+
+    def ours(w: Tensor) -> Contender:
+        def run() -> tuple[Tensor, Tensor]:
+            xa = lora_project(group, x_wide, stacked, rng=rng)
+            lora_forward(group, x_wide, w, B=B, out=y)
+            return y, lora_backward(group, dy, w, x, xa, stacked, gradients, B=B, dx_wide=dx_wide, rng=rng)
+
+        return run
+
+    def base() -> tuple[Tensor, Tensor]:
+        return torch.mm(x, narrow.t(), out=y), torch.mm(dy, narrow, out=dx)
+
+    chosen = weight if concatenates(group, tokens, gpu_of(device)) else narrow
+    found: dict[str, Contender] = {PYRALIS: ours(chosen), BASE: base, TOGETHER: ours(weight), APART: ours(narrow)}
+    if peft:
+        found[STOCK] = _peft(group, x.contiguous(), narrow, A, B, dy)
+    return found
+
+
+def _peft(group: LoraGroup, x: Tensor, weight: Tensor, A: list[Tensor], B: list[Tensor], dy: Tensor) -> Callable:
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *A, *B)]
+    x, n = leaves[0], len(A)
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = []
+        for j, p in enumerate(group.projections):
+            lora = F.linear(F.linear(F.dropout(x, p.dropout), leaves[1 + j]), leaves[1 + n + j])
+            outputs.append(F.linear(x, weight[group.rows[j]]) + lora * p.scale)
+        return torch.autograd.grad(outputs, leaves, [dy[:, rows] for rows in group.rows])
+
+    return run

@@ -1,0 +1,169 @@
+"""LoRA inside the base GEMM: y = x W^T + b + s dropout(x) A^T B^T as [x | s xA^T] @ [W | B]^T.
+
+The layout and its letters are described in `lora_group.py`. For a hand-written layer backward:
+
+    lora_project(...)     x_wide[:, K:] = s dropout(x) A^T        one GEMM (or the dropout kernel)
+    lora_forward(...)     y = x_wide @ weight^T + ...             one GEMM
+    lora_backward(...)    dx_wide = dy @ weight, then dA, dB, dbias, dx[:, :K] += s mask (dx_wide[:, K:] A)
+
+What multiplies by a scale does so in a GEMM's float32 epilogue, where it costs no rounding. Gradients of A and B are
+float32 whatever the operands are. With `weight` of K columns instead of K + P the B_j are given and multiplied one by
+one (`concatenates` says when). `lora_linear.py` makes a differentiable function of these, and holds the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyralis.ops.gemm import column_sums, gemm
+from pyralis.ops.lora_dropout import project, project_backward
+from pyralis.ops.lora_group import LoraGroup
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGradients:
+    """Where gradients go, float32, any of them None where nothing is trained; `accumulate` adds instead of writing.
+
+    A [R, K] stacked as the group stacks it (rows of neighbouring parameters of a flat buffer); B[j] [N_j, r_j];
+    bias [N]: of b. The gradient of lora_bias_j is s_j times its rows.
+    """
+
+    A: Tensor | None = None
+    B: Sequence[Tensor | None] = ()
+    bias: Tensor | None = None
+    accumulate: bool = False
+
+    @classmethod
+    def empty(cls, group: LoraGroup, device: torch.device, *, bias: bool = False, dtype: torch.dtype) -> LoraGradients:
+        """Buffers for everything a group can train; `dtype` float32 but for float64 tests."""
+        return cls(
+            torch.empty((group.rank, group.in_features), dtype=dtype, device=device),
+            [torch.empty((p.out_features, p.rank), dtype=dtype, device=device) for p in group.projections],
+            torch.empty(group.out_features, dtype=dtype, device=device) if bias else None,
+        )
+
+
+def lora_project(
+    group: LoraGroup,
+    x_wide: Tensor,
+    A: Tensor,
+    *,
+    rng: Tensor | None = None,
+    stream: int = 0,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """Fill the LoRA columns of x_wide [T, K + P], whose first K hold x, with s dropout(x) A^T; returns them [T, P].
+
+    A: [P, K] as `stack_A` makes it, or its first R rows. rng: None for no dropout; else see `lora_dropout.py`, where
+    `stream` (group.adapted many are used) and the workspace [T, K] are described.
+    """
+    K = group.in_features
+    x, xa = x_wide[:, :K], x_wide[:, K:]
+    runs = group.runs
+    if len(runs) == 1 and (rng is None or not group.has_dropout) and len(A) == group.pad:
+        xa.addmm_(x, A.t(), beta=0, alpha=runs[0].like.scale)  # the zero rows of A fill the columns after R
+        return xa
+    for run in runs:
+        part = run.columns
+        if rng is not None and run.like.threshold:
+            project(run, x, A[part], rng, stream + run.first, xa[:, part], workspace)
+        else:
+            xa[:, part].addmm_(x, A[part].t(), beta=0, alpha=run.like.scale)
+    if group.pad > group.rank:
+        xa[:, group.rank :].zero_()
+    return xa
+
+
+def lora_forward(
+    group: LoraGroup,
+    x_wide: Tensor,
+    weight: Tensor,
+    *,
+    B: Sequence[Tensor | None] | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y [T, N] = x W^T + xa B^T + bias + residual from x_wide [T, K + P] with its LoRA columns filled.
+
+    weight: [N, K + P] with B in it, or [N, K] with B given. bias: [N], from `combine_bias`. residual: [T, N], added
+    before the sum is rounded; it may be `out`. out: [T, N], any row stride.
+    """
+    N, K = group.out_features, group.in_features
+    if out is None:
+        out = torch.empty((len(x_wide), N), dtype=x_wide.dtype, device=x_wide.device)
+    x, w = x_wide[:, : weight.shape[1]], weight.t()
+    start = bias if residual is None else residual
+    if start is None:
+        torch.mm(x, w, out=out)
+    else:
+        torch.addmm(start, x, w, out=out)
+    if residual is not None and bias is not None:
+        out.add_(bias)
+    if weight.shape[1] == K and group.rank:
+        for j, rows, columns in _adapters(group):
+            out[:, rows].addmm_(x_wide[:, K:][:, columns], _given(B, j).t())
+    return out
+
+
+def lora_backward(
+    group: LoraGroup,
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    A: Tensor,
+    gradients: LoraGradients,
+    *,
+    B: Sequence[Tensor | None] | None = None,
+    dx_wide: Tensor | None = None,
+    rng: Tensor | None = None,
+    stream: int = 0,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """The gradient of x [T, K]: the first columns of dx_wide [T, K + P], whose others hold dy @ B. Fills `gradients`.
+
+    dy [T, N]; x [T, K] may have been computed anew; xa [T, P or R] is what `lora_project` returned; A, B, weight, rng
+    and stream as in the forward, with rng holding what it held then. All of any row stride.
+    """
+    T, K = len(dy), group.in_features
+    if dx_wide is None:
+        dx_wide = torch.empty((T, group.width), dtype=x.dtype, device=x.device)
+    dx, g = dx_wide[:, :K], dx_wide[:, K:]
+    torch.mm(dy, weight, out=dx_wide[:, : weight.shape[1]])
+    if weight.shape[1] == K:
+        for j, rows, columns in _adapters(group):
+            torch.mm(dy[:, rows], _given(B, j), out=g[:, columns])
+    for j, rows, columns in _adapters(group):
+        if gradients.B and (dB := gradients.B[j]) is not None:
+            gemm(dB, dy[:, rows].t(), xa[:, columns], 1.0, gradients.accumulate)
+    if gradients.bias is not None:
+        column_sums(dy, gradients.bias, gradients.accumulate)
+    for run in group.runs:
+        part, scale = run.columns, run.like.scale
+        dA = None if gradients.A is None else gradients.A[part]
+        if rng is not None and run.like.threshold:
+            project_backward(
+                run, g[:, part], x, A[part], rng, stream + run.first, dx, dA,
+                accumulate=gradients.accumulate, workspace=workspace,
+            )  # fmt: skip
+            continue
+        if dA is not None:
+            gemm(dA, g[:, part].t(), x, scale, gradients.accumulate)
+        dx.addmm_(g[:, part], A[part], alpha=scale)
+    return dx
+
+
+def _adapters(group: LoraGroup) -> list[tuple[int, slice, slice]]:
+    return [(j, group.rows[j], group.columns[j]) for j in group.adapted]
+
+
+def _given(B: Sequence[Tensor | None] | None, j: int) -> Tensor:
+    assert B is not None, "a weight without LoRA columns needs B"
+    matrix = B[j]
+    assert matrix is not None, f"projection {j} has a rank but no B"
+    return matrix

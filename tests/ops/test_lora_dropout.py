@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pyralis.ops import lora_dropout
+from pyralis.ops._triton import Gpu, kernels_on_cpu
+from pyralis.ops.dropout_mask import advance, masked, new_rng, reference
+from pyralis.ops.lora_dropout import DotLaunch, project, project_backward, supported
+from pyralis.ops.lora_group import LoraGroup, LoraProjection, Run
+from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, random
+
+CPU = torch.device("cpu")
+STREAM = 11
+
+
+def make_run(features: int, rank: int, count: int, dropout: float = 0.2, scale: float = 1.7) -> Run:
+    (run,) = LoraGroup(features, (LoraProjection(32, rank, scale, dropout),) * count).runs
+    return run
+
+
+def inputs(run: Run, T: int, K: int, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    """(x, A, g, dx so far), x and dx in wide rows"""
+    R = run.count * run.like.rank
+    x = random(T, K + 24, dtype=dtype, device=device, seed=seed)[:, :K]
+    A = random(R, K, dtype=dtype, device=device, seed=seed + 10, scale=K**-0.5)
+    g = random(T, K + R, dtype=dtype, device=device, seed=seed + 20)[:, K:]
+    return x, A, g, random(T, K, dtype=dtype, device=device, seed=seed + 30)
+
+
+def by_formula(run: Run, x: Tensor, A: Tensor, g: Tensor, dx: Tensor, rng: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(xa, dA, dx) with explicit masks, every step rounded to x's dtype as PEFT's autograd would."""
+    xa, dA, r = [], [], run.like.rank
+    for j in range(run.count):
+        a, gj = A[j * r : (j + 1) * r], g[:, j * r : (j + 1) * r]
+        keep = reference(rng, STREAM + j, *x.shape, run.like.threshold)
+        xd = (torch.where(keep, x, 0).double() * run.like.keep_scale).to(x.dtype)
+        xa.append((xd @ a.t()) * run.like.scale)
+        upstream = gj * run.like.scale
+        dA.append(upstream.t() @ xd)
+        back = upstream @ a
+        dx = dx + (torch.where(keep, back, 0).double() * run.like.keep_scale).to(x.dtype)
+    return torch.cat(xa, 1), torch.cat(dA), dx
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "K", "rank", "count"), [(37, 136, 3, 2), (50, 72, 16, 3), (9, 72, 70, 1), (1, 8, 1, 1)])
+def test_project_and_backward(
+    device: torch.device, T: int, K: int, rank: int, count: int, dtype: torch.dtype
+) -> None:  # fmt: skip
+    accuracy, rng = Accuracy(), new_rng(3, device)
+    run, R = make_run(K, rank, count), count * rank
+    assert (supported(torch.zeros(1, 1, dtype=dtype, device=device)) is None) == (dtype != torch.float32)
+    for seed in range(2):
+        x, A, g, dx = inputs(run, T, K, dtype, device, seed)
+        oracle = by_formula(run, x.double(), A.double(), g.double(), dx.double(), rng)
+        stock = by_formula(run, x, A, g, dx, rng)
+        xa = guarded(T, R, dtype=dtype, device=device, stride=R + 9)
+        project(run, x, A, rng, STREAM, xa.view)
+        xa.check()
+        dA = guarded(R, K, dtype=torch.float32, device=device)
+        wide = guarded(T, K, dtype=dtype, device=device, stride=K + 9)
+        wide.view.copy_(dx)
+        project_backward(run, g, x, A, rng, STREAM, wide.view, dA.view)
+        dA.check()
+        wide.check()
+        accuracy.add("xa", xa.view, stock[0], oracle[0])
+        accuracy.add("dA", dA.view, stock[1].float(), oracle[1])
+        accuracy.add("dx", wide.view, stock[2], oracle[2])
+
+        once, frozen = dA.view.clone(), dx.clone()
+        project_backward(run, g, x, A, rng, STREAM, dx, dA.view, accumulate=True)
+        torch.testing.assert_close(dA.view, 2 * once, rtol=1e-5, atol=1e-5)
+        assert torch.equal(dx, wide.view)
+        project_backward(run, g, x, A, rng, STREAM, frozen, None)
+        assert torch.equal(frozen, dx)
+    accuracy.check()
+
+
+def test_splits_sum_to_the_whole(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many SMs: K is split in the forward, T in the backward, into parts that do not divide them."""
+    T, K, run = 150, 520, make_run(520, 4, 2)
+    rng, (x, A, g, dx) = new_rng(1, device), inputs(run, T, K, torch.bfloat16, device, 0)
+    results = []
+    for sm_count in (1, 132):
+        monkeypatch.setattr(lora_dropout, "gpu_of", lambda _, n=sm_count: Gpu((8, 0), n))
+        xa, dA, grad = torch.empty(T, 8, device=device).bfloat16(), torch.empty(8, K, device=device), dx.clone()
+        project(run, x, A, rng, STREAM, xa)
+        project_backward(run, g, x, A, rng, STREAM, grad, dA)
+        results.append((xa, dA, grad))
+    plan = DotLaunch.of(4)
+    assert plan.forward_splits(run, T, K, 132) == 2
+    assert plan.backward_splits(T, K, 132) == 2
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(results[0][2], results[1][2])
+
+
+def test_deterministic(device: torch.device) -> None:
+    run, rng = make_run(300, 8, 2), new_rng(5, device)
+    x, A, g, dx = inputs(run, 70, 300, torch.bfloat16, device, 0)
+
+    def outputs() -> tuple[Tensor, ...]:
+        xa, dA, grad = (
+            torch.empty_like(g, memory_format=torch.contiguous_format),
+            torch.empty_like(A).float(),
+            dx.clone(),
+        )
+        project(run, x, A, rng, STREAM, xa)
+        project_backward(run, g, x, A, rng, STREAM, grad, dA)
+        return xa, dA, grad
+
+    assert_deterministic(outputs)
+
+
+@interpreted
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(T=st.integers(0, 40), K=st.integers(1, 150), rank=st.integers(1, 20), count=st.integers(1, 3))
+def test_any_shape(T: int, K: int, rank: int, count: int) -> None:
+    """The kernels with `tl.dot` against cuBLAS's way, on the CPU."""
+    run, rng = make_run(K, rank, count, dropout=0.4), new_rng(T, CPU)
+    x, A, g, dx = inputs(run, T, K, torch.float16, CPU, K)
+    results = []
+    for enabled in (True, False):
+        with kernels_on_cpu(enabled):
+            xa, dA, grad = torch.full((T, count * rank), torch.nan).half(), torch.full(A.shape, torch.nan), dx.clone()
+            project(run, x, A, rng, STREAM, xa)
+            project_backward(run, g, x, A, rng, STREAM, grad, dA)
+            results.append((xa.float(), dA, grad.float()))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=5e-3, atol=2e-2)
+
+
+@interpreted
+def test_supported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2, 8, dtype=torch.bfloat16)
+    assert supported(x) == "kernels need a GPU"
+    with kernels_on_cpu():
+        assert supported(x) is None
+        assert "float32" in str(supported(x.float()))
+        monkeypatch.setattr(lora_dropout, "gpu_of", lambda _: Gpu((7, 5), 40))
+        assert "8.0" in str(supported(x))
+
+
+@pytest.mark.gpu
+def test_a_graph_replay_draws_new_masks() -> None:
+    device, K = torch.device("cuda"), 256
+    run, rng = make_run(K, 8, 2), new_rng(5, device)
+    x, A, _, _ = inputs(run, 64, K, torch.bfloat16, device, 0)
+    xa = torch.empty(64, 16, dtype=torch.bfloat16, device=device)
+    project(run, x, A, rng, STREAM, xa)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        advance(rng)
+        project(run, x, A, rng, STREAM, xa)
+    seen = []
+    for draw in (1, 2):
+        graph.replay()
+        expected = torch.empty_like(xa)
+        project(run, x, A, torch.tensor([5, draw], device=device), STREAM, expected)
+        assert torch.equal(xa, expected)
+        seen.append(expected)
+    assert not torch.equal(*seen)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements() -> None:
+    T, K, device = 2**19 + 3, 4096, torch.device("cuda")
+    run, rng = make_run(K, 8, 1), new_rng(5, device)
+    x = torch.randn(T, K, dtype=torch.bfloat16, device=device)
+    out = masked(x, rng, STREAM, run.like.threshold, torch.empty_like(x))
+    tail = slice(T - 64, T)
+    keep = (out[tail] != 0) | (x[tail] == 0)
+    A = random(8, K, dtype=torch.bfloat16, device=device, seed=0)
+    xa = torch.empty(T, 8, dtype=torch.bfloat16, device=device)
+    project(run, x, A, rng, STREAM, xa)
+    alpha = run.like.scale * run.like.keep_scale
+    torch.testing.assert_close(
+        xa[tail].float(), (torch.where(keep, x[tail], 0).float() @ A.float().t()) * alpha, rtol=2e-2, atol=2e-1
+    )
