@@ -1,0 +1,48 @@
+"""Launches of nf4_layer to compile ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from aot_cases.nf4 import matrix
+
+from pyralis.ops.nf4_layer import LayerPlan, Placement, dequantize_layer
+from tests.ops.aot import Case, meta
+
+LAYERS = {  # rows and columns of q, k, v, o, gate, up, down
+    "llama3-8b": ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)),
+    "qwen2-7b": ((3584, 3584), (512, 3584), (512, 3584), (3584, 3584), (18944, 3584), (18944, 3584), (3584, 18944)),
+    "odd": ((40, 100), (8, 33)),
+}
+
+
+def _call(
+    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, wide: int, lora: torch.dtype | None, nested: Sequence[bool]
+) -> Callable[[], None]:
+    def call() -> None:
+        arena = meta(sum(n * (k + wide) for n, k in shapes), dtype=dtype)
+        placements, start = [], 0
+        for i, (n, k) in enumerate(shapes):
+            out = arena[start : start + n * (k + wide)].view(n, k + wide)
+            start += out.numel()
+            B = None if lora is None else meta(n, min(16, wide), dtype=lora)
+            placements.append(Placement(matrix(n, k, nested=nested[i % len(nested)]), out, B))
+        dequantize_layer(LayerPlan.of(placements, arena), arena)
+
+    return call
+
+
+def cases() -> list[Case]:
+    variants = (
+        (torch.bfloat16, 64, torch.float32, (True,)),
+        (torch.bfloat16, 0, None, (True,)),
+        (torch.float16, 64, torch.float16, (True, False)),
+        (torch.float32, 3, torch.float32, (False,)),
+        (torch.bfloat16, 256, None, (False, True)),
+    )
+    return [
+        Case(f"{name} {dtype} P={wide} B={lora} nested={nested}", _call(shapes, dtype, wide, lora, nested))
+        for name, shapes in LAYERS.items()
+        for dtype, wide, lora, nested in variants
+    ]
