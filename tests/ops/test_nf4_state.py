@@ -78,7 +78,8 @@ def test_reference_at_ragged_shapes(N: int, K: int) -> None:
 def test_parts_are_not_copied() -> None:
     from bitsandbytes.nn import Params4bit
 
-    weight = Params4bit(random(24, 128, dtype=torch.bfloat16, device=CPU, seed=0), quant_type="nf4").to("cpu")
+    weight: Any = Params4bit(random(24, 128, dtype=torch.bfloat16, device=CPU, seed=0), quant_type="nf4")
+    weight = weight.to("cpu")
     state = weight.quant_state
     q = from_params4bit(weight)
     assert (q.shape, q.blocksize, q.quant_type, q.dtype) == ((24, 128), 64, "nf4", torch.bfloat16)
