@@ -1,0 +1,176 @@
+"""Attention over rows of tokens: causal, grouped heads, windows, softcaps; padded and packed; on the best backend.
+
+`attention_forward` and `attention_backward` are the primitives of a hand-written layer, `attention` the differentiable
+function. `backend_for` tells which backend serves a call and why the faster ones do not; `attention_choice.py` has the
+rules, `attention_backends.py` the backends. A backend is tried once on the GPU it will run on,
+against the reference: one that raises or computes something else there is never used.
+
+Shapes: T tokens, H query heads, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyralis.ops.attention_backends import BACKENDS
+from pyralis.ops.attention_choice import Choice, Rejection, choose_backend
+from pyralis.ops.attention_parts import Saved
+from pyralis.ops.attention_reference import reference
+from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
+
+__all__ = [
+    "AttentionLayout", "AttentionSpec", "Choice", "Rejection", "Saved", "attention", "attention_backward",
+    "attention_forward", "backend_for", "choose_backend", "reference",
+]  # fmt: skip
+
+PROBE_ERROR = 0.03  # of a gradient's norm: bf16 leaves 0.005, a mask that is off by one token more than 0.1
+SWITCHES: dict[str, Callable[[], bool]] = {  # what torch's `sdpa_kernel` and `enable_*_sdp` set
+    "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+    "flash": torch.backends.cuda.flash_sdp_enabled,
+    "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+}
+
+_choices: dict[tuple[Any, ...], Choice] = {}
+
+
+@lru_cache
+def _not_installed(device_type: str) -> dict[str, str]:
+    missing = {}
+    if device_type != "cpu":
+        missing["flash_cpu"] = "needs a CPU"
+    if torch.version.hip is not None or not torch.backends.cudnn.is_available():
+        missing["cudnn"] = "this torch has no cuDNN"
+    if importlib.util.find_spec("flash_attn") is None:
+        missing["flash_attn"] = "the package flash_attn is not installed"
+    return missing
+
+
+def backend_for(spec: AttentionSpec, layout: AttentionLayout, dtype: torch.dtype, device: torch.device) -> Choice:
+    """The backend that `attention_forward` takes here. The first question of a kind tries the candidate, later ones
+    are answered from memory.
+
+    Heeds `torch.use_deterministic_algorithms` and the switches of `torch.nn.attention.sdpa_kernel`.
+    """
+    spec = spec.within(layout.max_seqlen)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    off = tuple(name for name, enabled in SWITCHES.items() if not enabled())
+    key = (spec, layout.cu_seqlens is not None, layout.seq == 1, dtype, device, deterministic, off)
+    if (known := _choices.get(key)) is not None:
+        return known
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the attention backend was never chosen for this call: run it once before capturing a graph")
+    missing = {**_not_installed(device.type), **dict.fromkeys(off, "switched off by torch.backends.cuda")}
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    while True:
+        choice = choose_backend(spec, layout, dtype, capability, deterministic, missing)
+        failure = _try(choice.name, spec, layout.cu_seqlens is not None, dtype, device)
+        if failure is None:
+            break
+        missing[choice.name] = failure
+    _choices[key] = choice
+    return choice
+
+
+def _try(name: str, spec: AttentionSpec, packed: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a backend cannot be used on a GPU: what it raised in a small call, or that its result is wrong."""
+    if device.type != "cuda" or name == "math":
+        return None
+    lengths = (41, 103)
+    bounds = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
+    layout = AttentionLayout.packed(bounds, max(lengths), sum(lengths)) if packed else AttentionLayout.padded(2, 72)
+    spec = spec if spec.window is None else replace(spec, window=min(spec.window, 33))
+    generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it is
+    widths = [heads * spec.head_dim for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
+    fused, dout = (
+        torch.randn(layout.tokens, columns, generator=generator, device="cpu").to(device, dtype)
+        for columns in (sum(widths), widths[0])
+    )
+    q, k, v = fused.split(widths, 1)
+    try:
+        saved = attention_forward(q, k, v, spec, layout, backend=name)
+        results = (saved.out, *attention_backward(dout, saved))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ImportError) as error:  # cuDNN's, a kernel's or the compiler's refusal
+        return (
+            f"failed when tried: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        )
+    exact = attention_forward(q.float(), k.float(), v.float(), spec, layout, backend="math")
+    for got, want in zip(results, (exact.out, *attention_backward(dout.float(), exact))):
+        error_norm = float((got.float() - want).norm() / want.norm())
+        if not error_norm < PROBE_ERROR:
+            return f"computes something else on this GPU: off by {error_norm:.1%} of the norm"
+    return None
+
+
+@torch.no_grad()
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: AttentionLayout, *, out: Tensor | None = None,
+    backend: str | None = None,
+) -> Saved:  # fmt: skip
+    """The output, `.out` [T, H * D], and what its backward needs; no autograd.
+
+    q: [T, H * D], k and v: [T, G * D], rows of any stride: columns of one fused buffer are not copied. out: a buffer of
+    any row stride that the output is copied into once (none of torch's kernels writes into one). backend: forces one.
+    """
+    for name, t, heads in (("q", q, spec.num_heads), ("k", k, spec.num_kv_heads), ("v", v, spec.num_kv_heads)):
+        expected = (layout.tokens, heads * spec.head_dim)
+        assert t.shape == expected, f"{name}: {tuple(t.shape)}, expected {expected}"
+        assert t.stride(1) == 1, f"{name}: the last dimension is not contiguous"
+    spec = spec.within(layout.max_seqlen)
+    name = backend_for(spec, layout, q.dtype, q.device).name if backend is None else backend
+    result, state = BACKENDS[name].forward(q, k, v, spec, layout)
+    if out is not None:
+        result = out.copy_(result)
+    return Saved(name, spec, layout, q, k, v, result, state)
+
+
+@torch.no_grad()
+def attention_backward(
+    dout: Tensor, saved: Saved, *, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq [T, H * D], dk, dv [T, G * D]) from dout [T, H * D] of any row stride; once per forward.
+
+    out: buffers of any row stride (columns of one fused gradient), which cost a copy each.
+    """
+    dout = dout.to(saved.out.dtype)
+    grads = BACKENDS[saved.backend].backward(dout if dout.stride(1) == 1 else dout.contiguous(), saved)
+    if out is None:
+        return grads
+    for buffer, grad in zip(out, grads):
+        buffer.copy_(grad)
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: AttentionLayout, backend: str | None
+    ) -> Tensor:
+        saved = attention_forward(q, k, v, spec, layout, backend=backend)
+        ctx.save_for_backward(q, k, v, saved.out)
+        ctx.rest = (saved.backend, saved.spec, layout, saved.state)
+        return saved.out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        backend, spec, layout, state = ctx.rest
+        q, k, v, out = ctx.saved_tensors
+        grads = attention_backward(dout, Saved(backend, spec, layout, q, k, v, out, state))
+        return *grads, None, None, None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: AttentionLayout, backend: str | None = None
+) -> Tensor:
+    """[T, H * D], differentiable in q [T, H * D], k and v [T, G * D]. For standalone use."""
+    return _Attention.apply(q, k, v, spec, layout, backend)
