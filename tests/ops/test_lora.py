@@ -411,6 +411,7 @@ def test_in_a_cuda_graph() -> None:
         return y, torch.autograd.grad(y, leaf, dy)[0]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.synchronize()

@@ -47,7 +47,9 @@ def by_formula(run: Run, x: Tensor, A: Tensor, g: Tensor, dx: Tensor, rng: Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("T", "K", "rank", "count"), [(37, 136, 3, 2), (50, 72, 16, 3), (9, 72, 70, 1), (1, 8, 1, 1)])
+@pytest.mark.parametrize(
+    ("T", "K", "rank", "count"), [(37, 136, 3, 2), (50, 72, 16, 3), (9, 72, 70, 1), (17, 24, 256, 1), (1, 8, 1, 1)]
+)
 def test_project_and_backward(
     device: torch.device, T: int, K: int, rank: int, count: int, dtype: torch.dtype
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Launches of LoRA's dropout to compile ahead of time."""
+"""Launches of LoRA's dropout to compile ahead of time: kernels with `tl.dot`, or below 8.0 masked copies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _dots(rank: int, tokens: int, features: int, count: int, dtype: torch.dtype)
 def cases() -> list[Case]:
     halves = (torch.bfloat16, torch.float16)
     return [
-        Case(f"r={rank} T={t} K={k} n={n} {dtype}", _dots(rank, t, k, n, dtype), min_capability=(8, 0))
+        Case(f"r={rank} T={t} K={k} n={n} {dtype}", _dots(rank, t, k, n, dtype))
         for rank, (t, k, n), dtype in product(RANKS, SHAPES, halves)
         if not (rank == 256 and n == 3)
     ]

@@ -63,7 +63,7 @@ def _contenders(members: list[LoraGroup], tokens: int, device: torch.device, pef
 
     def together(name: str) -> Contender:
         runs = [one[name] for one in made]
-        return lambda: [run() for run in runs]
+        return lambda: tuple(run() for run in runs)
 
     return {name: together(name) for name in made[0]}
 
@@ -76,24 +76,26 @@ def _one(group: LoraGroup, tokens: int, device: torch.device, peft: bool) -> dic
 
     x_wide, dy = normal(tokens, group.width), normal(tokens, N)
     A = [normal(p.rank, K, scale=K**-0.5) for p in group.projections]
-    B = [normal(p.out_features, p.rank, scale=0.01) for p in group.projections]
+    B = [normal(p.out_features, p.rank, scale=0.003 * p.rank**-0.5) for p in group.projections]
     weight = normal(N, group.width, scale=K**-0.5)
     stack_B(group, B, weight[:, K:])
     stacked, narrow, x = stack_A(group, A, normal(group.pad, K)), weight[:, :K].contiguous(), x_wide[:, :K]
-    y, dx_wide, dx = torch.empty_like(dy), torch.empty_like(x_wide), x.new_empty(tokens, K)
     gradients = LoraGradients.empty(group, device, dtype=torch.float32)
     rng = new_rng(0, device) if group.has_dropout else None
 
+    def split(y: Tensor, dx: Tensor) -> tuple[Tensor, ...]:
+        return (*(y[:, rows] for rows in group.rows), dx)
+
     def ours(w: Tensor) -> Contender:
-        def run() -> tuple[Tensor, Tensor]:
+        def run() -> tuple[Tensor, ...]:
             xa = lora_project(group, x_wide, stacked, rng=rng)
-            lora_forward(group, x_wide, w, B=B, out=y)
-            return y, lora_backward(group, dy, w, x, xa, stacked, gradients, B=B, dx_wide=dx_wide, rng=rng)
+            y = lora_forward(group, x_wide, w, B=B)
+            return split(y, lora_backward(group, dy, w, x, xa, stacked, gradients, B=B, rng=rng))
 
         return run
 
-    def base() -> tuple[Tensor, Tensor]:
-        return torch.mm(x, narrow.t(), out=y), torch.mm(dy, narrow, out=dx)
+    def base() -> tuple[Tensor, ...]:
+        return split(torch.mm(x, narrow.t()), torch.mm(dy, narrow))
 
     chosen = weight if concatenates(group, tokens, gpu_of(device)) else narrow
     found: dict[str, Contender] = {PYRALIS: ours(chosen), BASE: base, TOGETHER: ours(weight), APART: ours(narrow)}
@@ -111,6 +113,7 @@ def _peft(group: LoraGroup, x: Tensor, weight: Tensor, A: list[Tensor], B: list[
         for j, p in enumerate(group.projections):
             lora = F.linear(F.linear(F.dropout(x, p.dropout), leaves[1 + j]), leaves[1 + n + j])
             outputs.append(F.linear(x, weight[group.rows[j]]) + lora * p.scale)
-        return torch.autograd.grad(outputs, leaves, [dy[:, rows] for rows in group.rows])
+        gradients = torch.autograd.grad(outputs, leaves, [dy[:, rows] for rows in group.rows])
+        return (*outputs, gradients[0])
 
     return run
