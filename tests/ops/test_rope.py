@@ -66,9 +66,9 @@ def test_reference_with_norms_is_stock() -> None:
 
 
 SHAPES = (  # T, H, KV, D, R
-    (3, 4, 2, 16, 16),
-    (5, 7, 1, 24, 24),
-    (4, 6, 3, 20, 12),
+    (2, 4, 2, 16, 16),
+    (3, 7, 1, 24, 24),
+    (3, 6, 3, 20, 12),
     (2, 32, 8, 128, 128),
 )
 
@@ -80,7 +80,7 @@ def test_forward_and_backward(
     device: torch.device, T: int, H: int, KV: int, D: int, R: int, normed: bool | None, dtype: torch.dtype
 ) -> None:
     accuracy = Accuracy()
-    for seed in range(3):
+    for seed in range(2):
         q, k, _ = split_qkv(qkv(T, H, KV, D, dtype, device, seed), H, KV)
         dq, dk, _ = split_qkv(qkv(T, H, KV, D, dtype, device, seed + 70), H, KV)
         cos, sin = tables(50, R, dtype, device)
