@@ -1,57 +1,24 @@
-"""Every backend against float64, gradients included: those of the CPU here, those of a GPU there."""
+"""Attention on a CPU: the reference against the definition, the backends against float64, choice and trial."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from pyralis.ops import attention as module
 from pyralis.ops.attention import attention, attention_backward, attention_forward, backend_for, reference
-from pyralis.ops.attention_choice import choose_backend
-from pyralis.ops.attention_parts import Saved
-from pyralis.ops.attention_reference import visible
+from pyralis.ops.attention_parts import Saved, State
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
-from tests.ops.harness import Accuracy, assert_deterministic, oracle_gradients, random
+from tests.ops.attention_checks import CPU, HEADS, check_backend, inputs, make_layout, make_spec, stock_attention
+from tests.ops.harness import oracle_gradients
 
-CPU = torch.device("cpu")
 CPU_BACKENDS = ("flash_cpu", "math")
-GPU_BACKENDS = ("cudnn", "flash", "efficient", "flex", "math")
-HEADS = ((4, 1, 64), (7, 1, 80), (4, 4, 96), (4, 2, 128), (2, 1, 256))
-
-
-def make_spec(
-    heads: int, kv_heads: int, dim: int, window: int | None = None, softcap: float | None = None
-) -> AttentionSpec:
-    return AttentionSpec(heads, kv_heads, dim, dim**-0.5, window=window, softcap=softcap)
-
-
-def make_layout(name: str, device: torch.device) -> AttentionLayout:
-    if name == "padded":
-        return AttentionLayout.padded(2, 37)
-    if name == "packed":
-        return AttentionLayout.packed(torch.tensor([0, 13, 13, 14, 70], dtype=torch.int32, device=device), 56, 70)
-    assert name == "left_padded"
-    return AttentionLayout.left_padded(torch.tensor([5, 0], device=device), 37)
-
-
-def inputs(
-    spec: AttentionSpec, layout: AttentionLayout, dtype: torch.dtype, device: torch.device, seed: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """(q, k, v) as columns of one buffer, and dout, columns of a wider one."""
-    widths = [n * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
-    q, k, v = random(layout.tokens, sum(widths), dtype=dtype, device=device, seed=seed).split(widths, 1)
-    dout = random(layout.tokens, widths[0] + 16, dtype=dtype, device=device, seed=seed + 1)[:, : widths[0]]
-    return (q, k, v), dout
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, starts: list[int], ends: list[int]) -> Tensor:
@@ -68,42 +35,6 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, starts: list[i
                     scores = spec.softcap * torch.tanh(scores / spec.softcap)
                 out[i, head * D : (head + 1) * D] = scores.softmax(0) @ v[seen, kv]
     return out
-
-
-def stock_attention(spec: AttentionSpec, layout: AttentionLayout, *, eager: bool) -> Callable[..., Tensor]:
-    """What transformers runs: eager attention or SDPA, with a 4-D mask."""
-    hidden = ~visible(spec, layout, CPU if layout.cu_seqlens is None else layout.cu_seqlens.device)
-    module = SimpleNamespace(num_key_value_groups=spec.group, head_dim=spec.head_dim, training=False)
-
-    def run(*qkv: Tensor) -> Tensor:
-        q, k, v = (t.view(layout.batch, layout.seq, -1, spec.head_dim).transpose(1, 2) for t in qkv)
-        bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
-        bias = bias.masked_fill(hidden.to(q.device), torch.finfo(q.dtype).min)[None, None]
-        if eager or spec.softcap is not None:
-            out, _ = eager_attention_forward(module, q, k, v, bias, scaling=spec.scale, softcap=spec.softcap)
-            return out.reshape(layout.tokens, -1)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=spec.scale, enable_gqa=spec.group > 1)
-        return out.transpose(1, 2).reshape(layout.tokens, -1)
-
-    return run
-
-
-def check_backend(name: str, spec: AttentionSpec, layout_name: str, dtype: torch.dtype, device: torch.device) -> None:
-    accuracy = Accuracy()
-    layout = make_layout(layout_name, device)
-    for seed in range(3):
-        tensors, dout = inputs(spec, layout, dtype, device, seed)
-
-        def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return reference(q, k, v, spec, layout)
-
-        (want,), wants = oracle_gradients(exact, [t.double() for t in tensors], (dout.double(),))
-        (stock,), stocks = oracle_gradients(stock_attention(spec, layout, eager=name == "math"), tensors, (dout,))
-        saved = attention_forward(*tensors, spec, layout, backend=name)
-        accuracy.add("out", saved.out, stock, want)
-        for label, *values in zip(("dq", "dk", "dv"), attention_backward(dout, saved), stocks, wants):
-            accuracy.add(label, *values)
-    accuracy.check()
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -171,14 +102,14 @@ def test_not_causal() -> None:
 def test_packed_is_sequences_apart(backend: str) -> None:
     spec, layout = make_spec(4, 2, 64, window=20), make_layout("packed", CPU)
     tensors, dout = inputs(spec, layout, torch.float32, CPU, 0)
-    whole = attention_forward(*tensors, spec, layout, backend=backend)
-    grads = attention_backward(dout, whole)
+    whole, saved = attention_forward(*tensors, spec, layout, backend=backend)
+    grads = attention_backward(dout, saved)
     for start, end in pairwise([0, 13, 14, 70]):
         rows = slice(start, end)
         alone = AttentionLayout.padded(1, end - start)
-        one = attention_forward(*(t[rows] for t in tensors), spec, alone, backend=backend)
-        torch.testing.assert_close(whole.out[rows], one.out)
-        for a, b in zip(grads, attention_backward(dout[rows], one)):
+        one, saved = attention_forward(*(t[rows] for t in tensors), spec, alone, backend=backend)
+        torch.testing.assert_close(whole[rows], one)
+        for a, b in zip(grads, attention_backward(dout[rows], saved)):
             torch.testing.assert_close(a[rows], b)
 
 
@@ -197,11 +128,11 @@ def test_padding_reaches_no_real_token(backend: str) -> None:
         results = []
         for value in (0.0, 7.0):
             tensors = [t.masked_fill(padding[:, None], value) for t in (q, k, v)]
-            saved = attention_forward(*tensors, spec, layout, backend=backend)
+            out, saved = attention_forward(*tensors, spec, layout, backend=backend)
             grads = attention_backward(dout, saved)
-            assert saved.out.isfinite().all()
+            assert out.isfinite().all()
             assert all(not g[padding].any() for g in grads)
-            results.append([t[~padding] for t in (saved.out, *grads)])
+            results.append([t[~padding] for t in (out, *grads)])
         for a, b in zip(*results):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -210,16 +141,16 @@ def test_padding_reaches_no_real_token(backend: str) -> None:
 def test_given_buffers(backend: str) -> None:
     spec, layout = make_spec(4, 2, 64), make_layout("packed", CPU)
     tensors, dout = inputs(spec, layout, torch.float32, CPU, 0)
-    plain = attention_forward(*tensors, spec, layout, backend=backend)
+    plain, plain_saved = attention_forward(*tensors, spec, layout, backend=backend)
     wide = torch.full((70, 300), 777.0)
-    saved = attention_forward(*tensors, spec, layout, out=wide[:, :256], backend=backend)
-    assert saved.out.data_ptr() == wide.data_ptr()
-    assert torch.equal(saved.out, plain.out)
+    out, saved = attention_forward(*tensors, spec, layout, out=wide[:, :256], backend=backend)
+    assert out.data_ptr() == saved.out.data_ptr() == wide.data_ptr()
+    assert torch.equal(out, plain)
     assert (wide[:, 256:] == 777).all()
     fused = torch.full((70, 512 + 8), 777.0)
     buffers = tuple(fused[:, :512].split([256, 128, 128], 1))
     grads = attention_backward(dout, saved, out=buffers)
-    for got, want in zip(grads, attention_backward(dout, plain)):
+    for got, want in zip(grads, attention_backward(dout, plain_saved)):
         assert torch.equal(got, want)
     assert grads[1].data_ptr() == fused[:, 256:].data_ptr()
     assert (fused[:, 512:] == 777).all()
@@ -253,11 +184,37 @@ def test_choice_is_remembered_and_heeds_switches(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_backend_that_fails_when_tried_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_choices", {})
-    monkeypatch.setattr(module, "_try", lambda name, *_: "failed when tried: no" if name == "flash_cpu" else None)
-    choice = backend_for(make_spec(4, 2, 64), make_layout("padded", CPU), torch.float32, CPU)
-    assert choice.name == "math"
-    assert choice.why_not("flash_cpu") == "failed when tried: no"
+    """On a GPU that is not here: capability 9.0, where cuDNN raises and flash sees one key too many."""
+
+    def raises(*_: object) -> tuple[Tensor, State]:
+        raise RuntimeError("no engine\nand a trace")
+
+    def wide(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: AttentionLayout) -> tuple[Tensor, State]:
+        return right.forward(q, k, v, spec if spec.window is None else replace(spec, window=spec.window + 1), layout)
+
+    right = module.BACKENDS["math"]
+    backends = {"cudnn": replace(right, forward=raises), "flash": replace(right, forward=wide)}
+    monkeypatch.setattr(module, "BACKENDS", {**module.BACKENDS, **backends})
+    for packed in (False, True):
+        assert module._try("cudnn", make_spec(4, 2, 64), packed, torch.float32, CPU) == "failed when tried: no engine"
+        assert module._try("flash", make_spec(4, 2, 64), packed, torch.float32, CPU) is None
+        for window in (8, 4096):
+            reason = module._try("flash", make_spec(4, 2, 64, window), packed, torch.bfloat16, CPU)
+            assert "computes something else" in str(reason)
+            assert module._try("flash_cpu", make_spec(4, 2, 64, window), packed, torch.bfloat16, CPU) is None
+
+
+def test_a_wrong_gradient_is_noticed_when_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = module.BACKENDS["flash_cpu"]
+    for which in range(3):
+
+        def wrong(dout: Tensor, saved: Saved, which: int = which) -> tuple[Tensor, ...]:
+            return tuple(g * 1.05 if i == which else g for i, g in enumerate(right.backward(dout, saved)))
+
+        monkeypatch.setattr(module, "BACKENDS", {**module.BACKENDS, "flash_cpu": replace(right, backward=wrong)})
+        assert "computes something else" in str(
+            module._try("flash_cpu", make_spec(4, 2, 64), False, torch.float16, CPU)
+        )
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -276,110 +233,3 @@ def test_any_lengths(lengths: list[int], group: int, window: int | None, dim: in
     got = oracle_gradients(lambda *qkv: attention(*qkv, spec, layout, "flash_cpu"), tensors, (dout,))
     for a, b in zip(got[0] + got[1], want[0] + want[1]):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-def skip_refused(
-    backend: str, spec: AttentionSpec, layout: AttentionLayout, dtype: torch.dtype, strict: bool = False
-) -> None:
-    """Skips what the rules refuse on this GPU; `test_attention_choice.py` tests the rules."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    capability = torch.cuda.get_device_capability(device)
-    refused = choose_backend(spec, layout, dtype, capability, strict).why_not(backend)
-    if refused is not None:
-        pytest.skip(refused)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["padded", "packed", "left_padded"])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
-@pytest.mark.parametrize("window", [None, 8])
-def test_gpu_backends(
-    heads: int, kv_heads: int, dim: int, window: int | None, layout: str, dtype: torch.dtype, backend: str
-) -> None:
-    spec, device = make_spec(heads, kv_heads, dim, window), torch.device("cuda", torch.cuda.current_device())
-    skip_refused(backend, spec, make_layout(layout, device), dtype)
-    check_backend(backend, spec, layout, dtype, device)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("window", [None, 8])
-def test_gpu_softcaps(layout: str, window: int | None) -> None:
-    spec, device = make_spec(4, 2, 128, window, 2.0), torch.device("cuda", torch.cuda.current_device())
-    skip_refused("flex", spec, make_layout(layout, device), torch.bfloat16)
-    check_backend("flex", spec, layout, torch.bfloat16, device)
-
-
-@pytest.mark.gpu
-def test_gpu_float32() -> None:
-    for layout in ("padded", "packed"):
-        check_backend("efficient", make_spec(4, 2, 64), layout, torch.float32, torch.device("cuda", 0))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("backend", ["flash", "efficient", "flex", "math"])
-def test_gpu_deterministic(backend: str, layout: str) -> None:
-    device, spec = torch.device("cuda", torch.cuda.current_device()), make_spec(8, 2, 128)
-    big = AttentionLayout.padded(2, 1024)
-    if layout == "packed":
-        bounds = torch.tensor([0, 700, 2048], dtype=torch.int32, device=device)
-        big = AttentionLayout.packed(bounds, 1348, 2048)
-    skip_refused(backend, spec, big, torch.bfloat16, strict=True)
-    tensors, dout = inputs(spec, big, torch.bfloat16, device, 0)
-
-    def run() -> tuple[Tensor, ...]:
-        saved = attention_forward(*tensors, spec, big, backend=backend)
-        return saved.out, *attention_backward(dout, saved)
-
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert backend_for(spec, big, torch.bfloat16, device).name != "cudnn"
-        assert_deterministic(run, times=4)
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_gpu_default_choice_in_a_graph(layout: str) -> None:
-    """The chosen backend passes its own trial, takes wide rows, and replays with other values."""
-    device, spec = torch.device("cuda", torch.cuda.current_device()), make_spec(8, 2, 128)
-    shape = make_layout(layout, device)
-    tensors, dout = inputs(spec, shape, torch.bfloat16, device, 0)
-    choice = backend_for(spec, shape, torch.bfloat16, device)
-    for rejection in choice.rejected:
-        assert "computes something else" not in rejection.reason, rejection
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        attention_backward(dout, attention_forward(*tensors, spec, shape))
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        saved = attention_forward(*tensors, spec, shape)
-        grads = attention_backward(dout, saved)
-    new, _ = inputs(spec, shape, torch.bfloat16, device, 9)
-    for old, value in zip(tensors, new):
-        old.copy_(value)
-    graph.replay()
-    expected = attention_forward(*new, spec, shape)
-    for a, b in zip((saved.out, *grads), (expected.out, *attention_backward(dout, expected))):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.gpu
-def test_gpu_trial_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, spec = torch.device("cuda", torch.cuda.current_device()), make_spec(4, 2, 64)
-    right = module.BACKENDS["efficient"]
-
-    def wrong(dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = right.backward(dout, saved)
-        return dq * 1.05, dk, dv
-
-    monkeypatch.setattr(module, "BACKENDS", {**module.BACKENDS, "efficient": replace(right, backward=wrong)})
-    reason = module._try("efficient", spec, False, torch.float16, device)
-    assert "computes something else" in str(reason)

@@ -71,6 +71,8 @@ def backend_for(spec: AttentionSpec, layout: AttentionLayout, dtype: torch.dtype
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     while True:
         choice = choose_backend(spec, layout, dtype, capability, deterministic, missing)
+        if device.type != "cuda" or choice.name == "math":
+            break
         failure = _try(choice.name, spec, layout.cu_seqlens is not None, dtype, device)
         if failure is None:
             break
@@ -80,9 +82,7 @@ def backend_for(spec: AttentionSpec, layout: AttentionLayout, dtype: torch.dtype
 
 
 def _try(name: str, spec: AttentionSpec, packed: bool, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a backend cannot be used on a GPU: what it raised in a small call, or that its result is wrong."""
-    if device.type != "cuda" or name == "math":
-        return None
+    """Why a backend cannot be used on a device: what it raised in a small call, or that its result is wrong."""
     lengths = (41, 103)
     bounds = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
     layout = AttentionLayout.packed(bounds, max(lengths), sum(lengths)) if packed else AttentionLayout.padded(2, 72)
@@ -95,19 +95,19 @@ def _try(name: str, spec: AttentionSpec, packed: bool, dtype: torch.dtype, devic
     )
     q, k, v = fused.split(widths, 1)
     try:
-        saved = attention_forward(q, k, v, spec, layout, backend=name)
-        results = (saved.out, *attention_backward(dout, saved))
+        out, saved = attention_forward(q, k, v, spec, layout, backend=name)
+        results = (out, *attention_backward(dout, saved))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ImportError) as error:  # cuDNN's, a kernel's or the compiler's refusal
         return (
             f"failed when tried: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         )
-    exact = attention_forward(q.float(), k.float(), v.float(), spec, layout, backend="math")
-    for got, want in zip(results, (exact.out, *attention_backward(dout.float(), exact))):
+    exact, saved = attention_forward(q.float(), k.float(), v.float(), spec, layout, backend="math")
+    for got, want in zip(results, (exact, *attention_backward(dout.float(), saved))):
         error_norm = float((got.float() - want).norm() / want.norm())
         if not error_norm < PROBE_ERROR:
-            return f"computes something else on this GPU: off by {error_norm:.1%} of the norm"
+            return f"computes something else here: off by {error_norm:.1%} of the norm"
     return None
 
 
@@ -115,8 +115,8 @@ def _try(name: str, spec: AttentionSpec, packed: bool, dtype: torch.dtype, devic
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: AttentionLayout, *, out: Tensor | None = None,
     backend: str | None = None,
-) -> Saved:  # fmt: skip
-    """The output, `.out` [T, H * D], and what its backward needs; no autograd.
+) -> tuple[Tensor, Saved]:  # fmt: skip
+    """The output [T, H * D], and what its backward needs; no autograd.
 
     q: [T, H * D], k and v: [T, G * D], rows of any stride: columns of one fused buffer are not copied. out: a buffer of
     any row stride that the output is copied into once (none of torch's kernels writes into one). backend: forces one.
@@ -130,7 +130,7 @@ def attention_forward(
     result, state = BACKENDS[name].forward(q, k, v, spec, layout)
     if out is not None:
         result = out.copy_(result)
-    return Saved(name, spec, layout, q, k, v, result, state)
+    return result, Saved(name, spec, layout, q, k, v, result, state)
 
 
 @torch.no_grad()
@@ -155,10 +155,10 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: AttentionLayout, backend: str | None
     ) -> Tensor:
-        saved = attention_forward(q, k, v, spec, layout, backend=backend)
-        ctx.save_for_backward(q, k, v, saved.out)
+        out, saved = attention_forward(q, k, v, spec, layout, backend=backend)
+        ctx.save_for_backward(q, k, v, out)
         ctx.rest = (saved.backend, saved.spec, layout, saved.state)
-        return saved.out
+        return out
 
     @staticmethod
     @once_differentiable

@@ -61,8 +61,8 @@ def _contenders(
 
     def ours(backend: str) -> Contender:
         if not backward:
-            return lambda: attention_forward(q, k, v, spec, layout, backend=backend).out
-        saved = attention_forward(q, k, v, spec, layout, backend=backend)
+            return lambda: attention_forward(q, k, v, spec, layout, backend=backend)[0]
+        _, saved = attention_forward(q, k, v, spec, layout, backend=backend)
         return lambda: attention_backward(dout, saved)
 
     found = {PYRALIS: ours(choice.name)}
