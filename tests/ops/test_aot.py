@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.ops.aot import HERE, TARGETS, Compiled
 
 OPS = sorted(path.stem for path in (HERE / "aot_cases").glob("*.py"))

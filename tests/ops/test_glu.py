@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
 from torch import Tensor
 from transformers.activations import ACT2FN
 
@@ -21,6 +20,7 @@ from pyralis.ops.glu import (
     split_gate_up,
     supported,
 )
+from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = get_args(Activation)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
 from torch import Tensor
 
 from pyralis.ops._triton import kernels_on_cpu
@@ -16,6 +15,7 @@ from pyralis.ops.layer_norm import (
     reference_backward,
     supported,
 )
+from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
 from torch import Tensor
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -20,6 +19,7 @@ from pyralis.ops.rms_norm import (
     rms_norm_forward,
     supported,
 )
+from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

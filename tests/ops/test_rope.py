@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
 from torch import Tensor
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from pyralis.ops._triton import kernels_on_cpu
 from pyralis.ops.rope import QKNorm, reference, rope, rope_backward, rope_forward, split_qkv, supported
+from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,9 +7,9 @@ from itertools import product
 from typing import get_args
 
 import torch
-from tests.ops.aot import Case, meta
 
 from pyralis.ops.glu import Activation, glu_backward, glu_forward, split_gate_up
+from tests.ops.aot import Case, meta
 
 T = 4096
 

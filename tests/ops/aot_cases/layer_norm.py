@@ -6,9 +6,9 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from tests.ops.aot import Case, meta
 
 from pyralis.ops.layer_norm import layer_norm_backward, layer_norm_forward
+from tests.ops.aot import Case, meta
 
 T = 4096
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from tests.ops.aot import Case, meta
 
 from pyralis.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from tests.ops.aot import Case, meta
 
 T = 4096
 STREAMS = (  # residual stream, weight and output, residual added first

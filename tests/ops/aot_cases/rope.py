@@ -6,9 +6,9 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from tests.ops.aot import Case, meta
 
 from pyralis.ops.rope import QKNorm, rope_backward, rope_forward, split_qkv
+from tests.ops.aot import Case, meta
 
 T = 4096
 SHAPES = (  # q heads, k heads, head size, rotated, norms
