@@ -45,12 +45,15 @@ class DotLaunch:
     block_k: int
     block_r: int
     forward_warps: int
+    num_stages: int
     backward_warps: int = 8  # two products and masks at once: 4 warps need 240 registers a thread
 
     @classmethod
     def of(cls, rank: int) -> DotLaunch:
         block_r = max(16, next_power_of_2(rank))
-        return cls(32 if block_r <= 64 else 16, 128 if block_r <= 32 else 64, block_r, 4 if block_r <= 64 else 8)
+        small = block_r <= 64
+        stages = 3 if block_r <= 128 else 2  # 3 take 66 KiB of shared memory, gfx942 has 64
+        return cls(32 if small else 16, 128 if block_r <= 32 else 64, block_r, 4 if small else 8, stages)
 
     def forward_splits(self, run: Run, T: int, K: int, sm_count: int) -> int:
         """Parts of K summed afterwards, so that few tokens still fill the GPU twice."""
@@ -97,8 +100,8 @@ def project(
     launch(
         _project_kernel, (run.count, cdiv(T, plan.block_t), splits),
         x, A, rng, out, partial, T, span, x.stride(0), A.stride(0), out.stride(0), stream, run.like.threshold, alpha,
-        device=x.device, num_warps=plan.forward_warps, K=K, RANK=rank, RANKS=run.count * rank,
-        BLOCK_T=plan.block_t, BLOCK_K=plan.block_k, BLOCK_R=plan.block_r,
+        device=x.device, num_warps=plan.forward_warps, num_stages=plan.num_stages,
+        K=K, RANK=rank, RANKS=run.count * rank, BLOCK_T=plan.block_t, BLOCK_K=plan.block_k, BLOCK_R=plan.block_r,
     )  # fmt: skip
     if partial is not None:
         _reduce(partial, out, alpha, add=False)
@@ -134,8 +137,8 @@ def project_backward(
         _backward_kernel, (cdiv(K, plan.block_k), splits),
         g, x, A, rng, dx, partial, T, span, g.stride(0), x.stride(0), A.stride(0), dx.stride(0),
         stream, run.like.threshold, alpha,
-        device=x.device, num_warps=plan.backward_warps, K=K, RANK=rank, COUNT=run.count,
-        BLOCK_T=plan.block_t, BLOCK_K=plan.block_k, BLOCK_R=plan.block_r,
+        device=x.device, num_warps=plan.backward_warps, num_stages=plan.num_stages,
+        K=K, RANK=rank, COUNT=run.count, BLOCK_T=plan.block_t, BLOCK_K=plan.block_k, BLOCK_R=plan.block_r,
     )  # fmt: skip
     if partial is not None and dA is not None:
         _reduce(partial, dA, alpha, add=accumulate)
