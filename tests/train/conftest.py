@@ -1,7 +1,8 @@
-"""A run that never took place, for what only reads metrics."""
+"""A tiny model and data for whole runs; a run that never took place, for what only reads metrics."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from pyralis.train.metric_rows import EvalMetrics, Metric, RunEvent, StepMetrics
 from pyralis.train.panel import DataLine, StartupInfo
+from tests.tiny import make_tiny_model
+from tests.train.runs import WORDS
 
 
 @pytest.fixture
@@ -71,3 +74,29 @@ def startup() -> StartupInfo:
         notes=("the template is 'qwen'",),
         warnings=("43 rows were dropped",),
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", family="llama")
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    rows = [
+        {"conversation": [{"human": f"Say {a}", "assistant": a}, {"human": "again, 再说一次", "assistant": f"{a} {b}"}]}
+        for a, b in zip(WORDS, reversed(WORDS))
+    ]
+    path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for name in ("a", "b"):
+        rows = [{"text": f"{name} {word} " * 9} for word in WORDS]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder

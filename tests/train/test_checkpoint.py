@@ -18,7 +18,7 @@ from pyralis.train.checkpoint import (
     write_json,
 )
 
-CONFIG = {"learning_rate": 1e-4, "save_steps": 10}
+CONFIG = {"train_mode": "lora", "learning_rate": 1e-4, "save_steps": 10}
 
 
 def make_checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
@@ -26,6 +26,8 @@ def make_checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
     path.mkdir(parents=True)
     if whole:
         write_json(path / "trainer_state.json", {})
+        write_json(path / "adapter_config.json", {})
+        (path / "adapter_model.safetensors").touch()
     return path
 
 
@@ -83,6 +85,31 @@ def test_resume_from_a_named_folder(tmp_path: Path) -> None:
     assert find_start_point(tmp_path, CONFIG, resume=str(path)).checkpoint == path
     with pytest.raises(ConfigError, match="checkpoint-7"):
         find_start_point(tmp_path, CONFIG, resume=str(tmp_path / "other" / "checkpoint-8"))
+
+
+def test_weights_are_resumed_from_safetensors_only(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "other", 7)
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    with pytest.raises(ConfigError, match="no weights as safetensors"):
+        find_start_point(tmp_path, CONFIG, resume=str(path))
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / RUN_NAME).write_text("{")
+    with pytest.raises(ConfigError, match=RUN_NAME):
+        find_start_point(tmp_path, CONFIG)
+
+
+def test_beginning_anew_clears_the_result_and_nothing_outside(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    for path in (output / "adapter_model.safetensors", output / "mine.txt", tmp_path / "outside"):
+        path.write_text("x")
+    write_json(output / RUN_NAME, {"status": "finished", "result": ["adapter_model.safetensors", "../outside", ".."]})
+    prepare_output_dir(output, find_start_point(output, CONFIG, overwrite=True))
+    assert not (output / "adapter_model.safetensors").exists()
+    assert (output / "mine.txt").exists()
+    assert (tmp_path / "outside").exists()
 
 
 def test_preparing_clears_half_written_and_stale_checkpoints(tmp_path: Path) -> None:

@@ -8,64 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyralis.errors import ConfigError, PyralisError
 from pyralis.train.checkpoint import list_checkpoints, run_status
 from pyralis.train.metrics import EvalMetrics, RunEvent, StepMetrics, read_metrics
-from pyralis.train.run import TrainResult, train
-from tests.tiny import make_tiny_model
-
-WORDS = ("red", "blue", "green", "gold", "grey", "pink", "teal", "navy", "plum", "rust", "sand", "wine")
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", family="llama")
-
-
-@pytest.fixture
-def chats(tmp_path: Path) -> Path:
-    path = tmp_path / "chats.jsonl"
-    rows = [
-        {"conversation": [{"human": f"Say {a}", "assistant": a}, {"human": "again, 再说一次", "assistant": f"{a} {b}"}]}
-        for a, b in zip(WORDS, reversed(WORDS))
-    ]
-    path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def documents(tmp_path: Path) -> Path:
-    folder = tmp_path / "documents"
-    folder.mkdir()
-    for name in ("a", "b"):
-        rows = [{"text": f"{name} {word} " * 9} for word in WORDS]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def run(model: Path, data: Path, output: Path, **values: Any) -> TrainResult:
-    config: dict[str, Any] = {
-        "model_name_or_path": str(model), "train_file": str(data), "output_dir": str(output), "max_seq_length": 96,
-        "train_mode": "lora", "lora_rank": 4, "lora_dropout": 0.0, "dtype": "float32", "max_steps": 4,
-        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
-        "cache_dir": str(output.parent / "cache"),
-    }  # fmt: skip
-    return train(config | values, console=quiet())
-
-
-def quiet() -> Console:
-    return Console(file=StringIO(), width=100)
+from pyralis.train.run import train
+from tests.train.runs import quiet, run
 
 
 @pytest.mark.parametrize(
@@ -223,7 +178,7 @@ def test_dpo_is_refused_with_a_clear_word(tiny_llama: Path, chats: Path, tmp_pat
 def test_what_is_wrong_with_the_data_is_said_before_a_model_is_loaded(
     tiny_llama: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyralis.train.run.prepare_model", lambda config: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("pyralis.train.run.prepare_model", lambda *_: pytest.fail("the model was loaded"))
     chats.write_text(chats.read_text() + '\n{"conversation": 3}\n')
     with pytest.raises(PyralisError, match=r"chats\.jsonl:13"):
         run(tiny_llama, chats, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,12 +33,14 @@ _REPORT = TypeAdapter(DataReport)
 @dataclass(frozen=True, slots=True)
 class BuiltData:
     """Datasets with the columns input_ids, labels, length; packed ones also seq_lengths (the lengths of the parts of
-    each row), and where the parts must not attend to one another position_ids."""
+    each row), and where the parts must not attend to one another position_ids. `digest` is of the content of the
+    training files."""
 
     train: Dataset
     eval: Dataset | None
     report: DataReport
     from_cache: bool
+    digest: str
 
 
 def build_dataset(
@@ -64,6 +67,7 @@ def build_dataset(
     train = _open(settings.files, settings)
     evaluation = _open(settings.eval_files, settings) if settings.eval_files else []
     contents = [(source.name, source.digest) for source in train]
+    digest = hashlib.sha256("".join(source.digest for source in train).encode()).hexdigest()
     contents += [("eval", ""), *((source.name, source.digest) for source in evaluation)]
     root = cache_root(settings.cache_dir)
     folder = root / cache_key(settings, contents, tokenizer, template)
@@ -75,12 +79,12 @@ def build_dataset(
 
     built = build_once(folder, build)
     try:
-        return _load(folder, from_cache=not built)
+        return _load(folder, not built, digest)
     except (OSError, ValueError, pa.ArrowException) as error:
         logger.warning("The cached dataset %s is damaged (%s); it is built again.", folder, error)
         (folder / REPORT_NAME).unlink(missing_ok=True)
         build_once(folder, build)
-        return _load(folder, from_cache=False)
+        return _load(folder, False, digest)
 
 
 def template_for(
@@ -97,14 +101,14 @@ def template_for(
     return resolve_template(template_name, tokenizer, system=system)
 
 
-def _load(folder: Path, *, from_cache: bool) -> BuiltData:
+def _load(folder: Path, from_cache: bool, digest: str) -> BuiltData:
     report = _REPORT.validate_json((folder / REPORT_NAME).read_bytes())
     train = read_dataset(folder / "train.arrow")
     evaluation = None if report.eval is None else read_dataset(folder / "eval.arrow")
     for part, about in ((train, report), (evaluation, report.eval)):
         if part is not None and about is not None and len(part) != about.sequences:
             raise ValueError(f"{len(part)} rows, but its report says {about.sequences}")
-    return BuiltData(train, evaluation, report, from_cache)
+    return BuiltData(train, evaluation, report, from_cache, digest)
 
 
 def _open(files: Sequence[str], settings: DataSettings) -> list[DataSource]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from pyralis.data.pack import IGNORED, Ids
@@ -48,6 +49,11 @@ def _batch(schema: pa.Schema, columns: tuple[str, ...], rows: list[Mapping[str, 
 def read_dataset(path: Path) -> Dataset:
     """A memory-mapped dataset whose rows are dictionaries of numpy arrays."""
     return Dataset.from_file(str(path)).with_format("numpy")
+
+
+def highest_token(rows: Dataset) -> int:
+    """The highest token id in a dataset of `read_dataset`; reads it once, without copying it."""
+    return max(pc.max(chunk.flatten()).as_py() for chunk in rows.data["input_ids"].chunks)
 
 
 class Rows:

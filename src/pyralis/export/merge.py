@@ -23,6 +23,7 @@ from pyralis.lora.adapter import load_adapter
 from pyralis.lora.record import TrainingRecord, read_record
 from pyralis.models.dtype import DtypeName, choose_device
 from pyralis.models.files import read_json
+from pyralis.models.generation import settle_generation
 from pyralis.models.load import ModelSettings, load_model, load_tokenizer
 from pyralis.models.nf4 import dequantize_model, dequantize_weight, is_four_bit, plain_layer
 from pyralis.models.source import ModelSource, locate_model
@@ -191,16 +192,9 @@ def _untie_what_differs(model: PreTrainedModel) -> None:
 
 def _set_generation(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
     """The chat template's file, and its stop tokens where `generate` looks for them."""
-    generation = model.generation_config
-    if generation is None:
-        return
+    stop_ids: list[int] = []
     if (adapter / TEMPLATE_FILE).is_file():
         template = load_template(adapter, tokenizer)
         save_template(template, staging)
-        generation.eos_token_id = stop_token_ids(template, tokenizer) or generation.eos_token_id
-    if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
-    try:
-        generation.validate(strict=True)
-    except ValueError:  # many published configs hold sampling values without do_sample, and cannot be saved so
-        generation.do_sample = True
+        stop_ids = stop_token_ids(template, tokenizer)
+    settle_generation(model, stop_ids, tokenizer.pad_token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from pyralis.models.files import read_json
 
 # What a run writes into its output folder: first what it resolved, then what its config said.
 RECORDS = ("pyralis_run.json", "pyralis_config.json")
+_CHECKPOINT = re.compile(r"checkpoint-\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,14 @@ class TrainingRecord:
 
 
 def read_record(adapter: Path) -> TrainingRecord:
-    """The record of the run that made an adapter; an adapter of another program counts as trained unquantised."""
+    """The record of the run that made an adapter, for `checkpoint-N` that of the folder around it; an adapter of
+    another program counts as trained unquantised."""
+    adapter = adapter.resolve()
+    folder = adapter.parent if _CHECKPOINT.match(adapter.name) else adapter
     values: dict[str, Any] = {}
     for name in reversed(RECORDS):
-        if (adapter / name).is_file():
-            values |= {key: value for key, value in read_json(adapter / name).items() if value is not None}
+        if (folder / name).is_file():
+            values |= {key: value for key, value in read_json(folder / name).items() if value is not None}
     dtype = values.get("compute_dtype")
     if dtype is None:
         dtype = "float16" if values.get("fp16") else "bfloat16" if values.get("bf16") else values.get("dtype")

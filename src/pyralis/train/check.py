@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -13,6 +14,9 @@ from pyralis.train.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from pyralis.train.config import TrainConfig
+
+BEST_METRICS = ("loss", "eval_loss")
+"""What `metric_for_best_model` may be: the only thing an evaluation measures."""
 
 Rule: TypeAlias = Callable[["TrainConfig"], Iterator[Finding]]
 
@@ -74,6 +78,15 @@ def _mode(config: TrainConfig) -> Iterator[Finding]:
                 "load_adapter: an adapter cannot go on in train_mode: full; merge it first (`pyralis export merge`), "
                 "or use lora or qlora.",
             )
+    elif config.load_adapter:
+        own = (*lora, "modules_to_save", "init_lora_weights")
+        yield from unused(config, own, "the adapter of load_adapter brings its own")
+    if config.embedding_learning_rate is not None and not _may_train_embeddings(config):
+        yield note(
+            "embedding_learning_rate",
+            message="embedding_learning_rate: has no effect: embeddings and head are not trained; modules_to_save: "
+            "[embed_tokens, lm_head] would.",
+        )
     if config.train_mode == "lora":
         yield from unused(config, quantisation, "train_mode is lora")
     if config.train_mode == "qlora" and config.init_lora_weights == "orthogonal":
@@ -81,6 +94,23 @@ def _mode(config: TrainConfig) -> Iterator[Finding]:
             ("init_lora_weights", "train_mode"),
             "init_lora_weights: orthogonal cannot start from 4-bit weights; use true or gaussian, or train_mode: lora.",
         )
+
+
+def _may_train_embeddings(config: TrainConfig) -> bool:
+    named = config.modules_to_save or config.load_adapter or config.lora_target_modules != "all-linear"
+    return config.train_mode == "full" or bool(named)
+
+
+def _places(config: TrainConfig) -> Iterator[Finding]:
+    output = Path(config.output_dir).resolve()
+    for name in ("model_name_or_path", "load_adapter"):
+        value = getattr(config, name)
+        if value and Path(value).expanduser().is_dir() and Path(value).expanduser().resolve() == output:
+            yield Finding(
+                ("output_dir", name),
+                f"output_dir: {config.output_dir} is the {name} itself, which the result would overwrite. Choose "
+                "another output_dir.",
+            )
 
 
 def _evaluation(config: TrainConfig) -> Iterator[Finding]:
@@ -103,6 +133,19 @@ def _evaluation(config: TrainConfig) -> Iterator[Finding]:
             yield note("eval_strategy", message="eval_strategy: no: the evaluation data is not used.")
     if config.load_best_model_at_end and config.save_strategy != "best":
         yield from _best_model(config)
+    if config.save_strategy == "best" and config.eval_strategy == "no":
+        yield Finding(
+            ("save_strategy", "eval_strategy"),
+            "save_strategy: best goes by the evaluation loss: give eval_file or eval_split, and an eval_strategy.",
+        )
+    if config.metric_for_best_model not in (None, *BEST_METRICS):
+        yield Finding(
+            ("metric_for_best_model",),
+            f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; expected "
+            f"{' or '.join(BEST_METRICS)}.",
+        )
+    elif config.metric_for_best_model and config.greater_is_better:
+        yield Finding(("greater_is_better",), "greater_is_better: true would keep the model with the highest loss.")
 
 
 def _best_model(config: TrainConfig) -> Iterator[Finding]:
@@ -184,6 +227,6 @@ def _reporting(config: TrainConfig) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    *(model_rule, _precision, _task, _mode, _evaluation, _steps, _loader, _speed, _distributed, _reporting),
+    *(model_rule, _precision, _task, _mode, _places, _evaluation, _steps, _loader, _speed, _distributed, _reporting),
     files_rule,
 )

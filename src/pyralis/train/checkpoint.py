@@ -92,6 +92,7 @@ def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
 
 
 def _check_same_run(output_dir: Path, effective: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the run in `output_dir` had a config that `effective` does not continue."""
     saved_path = output_dir / CONFIG_NAME
     if not saved_path.is_file():
         return
@@ -100,8 +101,32 @@ def _check_same_run(output_dir: Path, effective: Mapping[str, Any]) -> None:
     if different:
         lines = "\n".join(f"  {k}: was {saved.get(k)!r}, now {effective.get(k)!r}" for k in different)
         raise ConfigError(
-            f"{output_dir} holds an unfinished run of another config:\n{lines}\n"
+            f"{output_dir} holds a run of another config:\n{lines}\n"
             "Set these back to resume it, choose another output_dir, or set overwrite_output_dir: true to start anew."
+        )
+
+
+def _check_kind(checkpoint: Path, effective: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the checkpoint holds what the run trains, a model or an adapter, as safetensors."""
+    is_adapter = (checkpoint / "adapter_config.json").is_file()
+    if is_adapter == (effective.get("train_mode") == "full"):
+        raise ConfigError(
+            f"resume_from_checkpoint: {checkpoint} holds {'an adapter' if is_adapter else 'a whole model'}, which "
+            f"train_mode: {effective.get('train_mode')} cannot go on from."
+        )
+    if not any(checkpoint.glob("*.safetensors")):
+        raise ConfigError(f"resume_from_checkpoint: {checkpoint} has no weights as safetensors.")
+
+
+def check_same_data(start: StartPoint, digest: str) -> None:
+    """Raise ConfigError if the run being resumed learnt from files of another content."""
+    if start.checkpoint is None:
+        return
+    then = run_record(start.checkpoint.parent).get("data_digest")
+    if then is not None and then != digest:
+        raise ConfigError(
+            f"the content of train_file has changed since {start.checkpoint} was saved, so that run cannot go on where "
+            "it was. Put the data back, choose another output_dir, or set overwrite_output_dir: true to start anew."
         )
 
 
@@ -125,13 +150,15 @@ def find_start_point(
         ConfigError: the folder holds a finished run, or an unfinished one that this config does not continue.
     """
     if isinstance(resume, str) and resume.lower() not in ("auto", "true", "false", ""):
-        path = Path(resume)
+        path = Path(resume).expanduser()
         if not (path / STATE_NAME).is_file():
             near = ", ".join(p.name for _, p in list_checkpoints(path.parent)) or "none"
             raise ConfigError(
                 f"resume_from_checkpoint: {resume} is no whole checkpoint (no {STATE_NAME} in it); "
                 f"checkpoints beside it: {near}."
             )
+        _check_kind(path, effective)
+        _check_same_run(path.parent, effective)
         return StartPoint(path, (f"resuming from {path}",))
     if isinstance(resume, str):
         resume = {"true": True, "false": False, "": False}.get(resume.lower(), "auto")
@@ -157,27 +184,48 @@ def find_start_point(
             "resume_from_checkpoint: auto to continue it, choose another output_dir, or set "
             "overwrite_output_dir: true to start anew."
         )
+    _check_kind(newest, effective)
     _check_same_run(output_dir, effective)
     return StartPoint(newest, (f"resuming the unfinished run in {output_dir} from step {step}",))
 
 
 def run_status(output_dir: Path) -> str | None:
     """`running`, `interrupted`, `finished`, or None where no run has begun."""
+    status = run_record(output_dir).get("status")
+    return None if status is None else str(status)
+
+
+def run_record(output_dir: Path) -> dict[str, Any]:
+    """What `pyralis_run.json` holds; empty where no run has begun."""
     path = output_dir / RUN_NAME
     if not path.is_file():
-        return None
-    return str(json.loads(path.read_text(encoding="utf-8")).get("status"))
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): delete it, or choose another output_dir.") from None
+    return record if isinstance(record, dict) else {}
 
 
 def prepare_output_dir(output_dir: Path, start: StartPoint) -> None:
-    """Make the folder; clear half-written checkpoints, and the earlier run's ones when starting anew."""
+    """Make the folder; clear half-written checkpoints. When starting anew clear the earlier run's checkpoints and
+    result too: an adapter that stays beside a full model, or the other way round, would be loaded with it."""
     output_dir.mkdir(parents=True, exist_ok=True)
     for path in output_dir.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
-    if start.checkpoint is None:
-        for path in output_dir.glob("checkpoint-*"):
-            if _CHECKPOINT.match(path.name) and path.is_dir():
-                shutil.rmtree(path)
+    if start.checkpoint is not None:
+        return
+    for path in output_dir.glob("checkpoint-*"):
+        if _CHECKPOINT.match(path.name) and path.is_dir():
+            shutil.rmtree(path)
+    for name in run_record(output_dir).get("result", ()):
+        path = output_dir / name
+        if path.parent != output_dir or name in ("", ".", ".."):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def publish(staging: Path, output_dir: Path) -> None:

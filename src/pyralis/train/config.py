@@ -60,6 +60,8 @@ class TrainConfig(OwnFields, _TrainingArgumentsFields):
         for name, kind in dataclass_arguments().items():
             if isinstance(arguments.get(name), Mapping):
                 arguments[name] = kind(**arguments[name])
+        if self.save_strategy == "best":
+            arguments.setdefault("metric_for_best_model", "loss")
         arguments["gradient_checkpointing"] = self.gradient_checkpointing == "full"
         for name in CHECKPOINTING_NAMES:
             if name in arguments:

@@ -5,6 +5,7 @@ The descriptions are what `pyralis config explain`, the JSON Schema and docs/con
 
 from __future__ import annotations
 
+from os.path import expanduser
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,7 @@ class OwnFields(BaseModel):
     train_mode: Literal["full", "lora", "qlora"] = _own(
         "qlora", "Train all weights, a LoRA adapter, or a LoRA adapter over 4-bit weights.", origin="Firefly"
     )
-    output_dir: str = _own(
+    output_dir: Annotated[str, AfterValidator(expanduser)] = _own(
         _output_dir,
         "Folder of the adapter or model, checkpoints, metrics, picture and report.",
         origin="transformers",
@@ -85,7 +86,7 @@ class OwnFields(BaseModel):
     )
     acceleration: Annotated[Literal["auto", "on", "off"], OnOff] = _own(
         lambda fields: {None: "auto", True: "on", False: "off"}[fields["use_unsloth"]],
-        "Pyralis's fast path. auto: wherever it is proven for the model; on: refuse to train without it; off: stock.",
+        "Pyralis's fast path. auto: wherever it is proven for the model; on: the same, and warn where not; off: stock.",
         default_text="auto, or what use_unsloth says",
     )
     cache_dir: str | None = _own(None, "Folder for prepared data. null: pyralis/datasets in the user's cache folder.")
@@ -155,7 +156,9 @@ class OwnFields(BaseModel):
         "How LoRA starts: true (B is zero), gaussian (B is zero, A normal), orthogonal; false: random, for tests. "
         "Starts that change the base weights, such as pissa, are not offered: the adapter would not fit the base.",
     )
-    load_adapter: str | None = _own(None, "Folder of an adapter to go on training.")
+    load_adapter: Annotated[str, AfterValidator(expanduser)] | None = _own(
+        None, "Folder of an adapter to go on training."
+    )
     embedding_learning_rate: Number | None = _own(
         None, "Learning rate of embeddings and head when they are trained. null: learning_rate.", ge=0
     )
@@ -181,7 +184,7 @@ class OwnFields(BaseModel):
     resume_from_checkpoint: bool | str = _own(
         "auto",
         "auto: go on from the newest whole checkpoint in output_dir if there is one; true: there must be one; false: "
-        "start anew; or a checkpoint folder.",
+        "never, so an unfinished run there is refused; or a checkpoint folder.",
         origin="transformers",
     )
     logging_steps: Number = _own(

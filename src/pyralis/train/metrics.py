@@ -105,6 +105,8 @@ class MetricsCallback(TrainerCallback):
             window_steps=state.global_step - self._window_step,
         )
         self._record(self.latest)
+        if not math.isfinite(self.latest.loss) and not self._seen("nan"):
+            self._event("nan", state.global_step, f"the loss is {self.latest.loss}")
         self._window_begin, self._window_counts, self._window_step = self._mark, totals, state.global_step
         self._aside = 0.0
 
@@ -131,6 +133,9 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._event("end", state.global_step)
+
+    def _seen(self, event: EventName) -> bool:
+        return any(isinstance(metric, RunEvent) and metric.event == event for metric in self.history)
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.perf_counter() - self._begin

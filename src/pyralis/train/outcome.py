@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def describe_start(
         parameters=model.parameters.total,
         trainable_parameters=model.parameters.trainable,
         task=config.task_type,
-        mode=_mode_text(config),
+        mode=_mode_text(config, model),
         dtype=str(model.loaded.dtype).removeprefix("torch."),
         device=_device_text(model.loaded.device),
         data=data,
@@ -75,28 +76,28 @@ def describe_start(
         acceleration=[*model.acceleration.lines, *([memory] if memory else [])],
         resumed_from=str(start.checkpoint) if start.checkpoint else None,
         notes=[*notes, *start.notes, *model.loaded.notes],
-        warnings=list(report.warnings),
+        warnings=[*report.warnings, *model.notes],
     )
 
 
 def planned_steps(trainer: PyralisTrainer, rows: int) -> tuple[int, float]:
     """(optimizer steps, epochs) as the Trainer will count them."""
     arguments = trainer.args
-    micro_batches = -(-rows // (arguments.per_device_train_batch_size * arguments.world_size))
-    if arguments.dataloader_drop_last:
-        micro_batches = rows // (arguments.per_device_train_batch_size * arguments.world_size)
+    batch = arguments.per_device_train_batch_size * arguments.world_size
+    micro_batches = rows // batch if arguments.dataloader_drop_last else -(-rows // batch)
     per_epoch = max(1, -(-micro_batches // arguments.gradient_accumulation_steps))
     if arguments.max_steps > 0:
         return arguments.max_steps, round(arguments.max_steps / per_epoch, 2)
-    return -(-int(per_epoch * arguments.num_train_epochs * 1000) // 1000), float(arguments.num_train_epochs)
+    return math.ceil(per_epoch * arguments.num_train_epochs), float(arguments.num_train_epochs)
 
 
-def _mode_text(config: TrainConfig) -> str:
+def _mode_text(config: TrainConfig, model: PreparedModel) -> str:
     if config.train_mode == "full":
         return "full"
     name = "QLoRA" if config.train_mode == "qlora" else "LoRA"
-    kind = "DoRA, " if config.use_dora else "rsLoRA, " if config.use_rslora else ""
-    return f"{name} ({kind}rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g})"
+    lora = model.model.peft_config[model.model.active_adapter]  # load_adapter brings its own settings
+    kind = "DoRA, " if lora.use_dora else "rsLoRA, " if lora.use_rslora else ""
+    return f"{name} ({kind}rank {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g})"
 
 
 def _quantization_text(config: TrainConfig, model: PreparedModel) -> str | None:
@@ -176,3 +177,19 @@ def final_info(
         report=files.report,
         next_commands=commands,
     )
+
+
+def run_facts(status: str, prepared: PreparedData, model: PreparedModel) -> dict[str, Any]:
+    """`pyralis_run.json`: whether the run is over, what it learns from, and how it computes (merging must know)."""
+    return {
+        "status": status,
+        "step": 0,
+        "compute_dtype": str(model.loaded.dtype).removeprefix("torch."),
+        "data_digest": prepared.data.digest,
+        "versions": dict(describe_environment().packages),
+    }
+
+
+def summary_facts(summary: RunSummary) -> dict[str, Any]:
+    names = ("first_loss", "last_loss", "last_eval_loss", "seconds", "supervised_tokens", "total_tokens")
+    return {name: getattr(summary, name) for name in names}

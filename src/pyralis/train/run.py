@@ -7,41 +7,66 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from pyralis.data.collate import Collator
-from pyralis.data.template import install_template, save_template
+from pyralis.data.template import install_template
 from pyralis.errors import ConfigError
 from pyralis.train.answers import answer_questions, answers_table
 from pyralis.train.check_files import check_files
 from pyralis.train.checkpoint import (
     CONFIG_NAME,
     RUN_NAME,
+    STAGING_PREFIX,
     StartPoint,
+    check_same_data,
     find_start_point,
     prepare_output_dir,
     publish,
+    run_record,
     write_json,
 )
 from pyralis.train.config import LoadedConfig, TrainConfig, config_from_dict, load_config
-from pyralis.train.environment import describe_environment
 from pyralis.train.interrupt import GracefulStop, StopCallback
+from pyralis.train.libraries import check_libraries
 from pyralis.train.live import LiveLine
+from pyralis.train.lock import only_run_in
 from pyralis.train.metrics import MetricsCallback, MetricsWriter
-from pyralis.train.outcome import OutcomeFiles, describe_start, final_info, write_outcome
+from pyralis.train.outcome import (
+    OutcomeFiles,
+    describe_start,
+    final_info,
+    run_facts,
+    summary_facts,
+    write_outcome,
+)
 from pyralis.train.panel import final_panel, startup_panel
+from pyralis.train.refusals import refusals_named
 from pyralis.train.report import SampleAnswer
-from pyralis.train.setup import PreparedData, PreparedModel, prepare_data, prepare_model, training_arguments
+from pyralis.train.setup import (
+    PreparedData,
+    PreparedModel,
+    check_rows,
+    prepare_data,
+    prepare_model,
+    training_arguments,
+)
 from pyralis.train.summary import RunSummary, summarise
 from pyralis.train.trainer import PyralisTrainer, restore_counts
 
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints, by the RANK that launchers set."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +109,38 @@ def train(
             "(`pyralis train CONFIG --check`), and its data is read (`pyralis data CONFIG`)."
         )
     check_files(config)
-    console = console or Console(highlight=False)
+    check_libraries(config)
+    main = is_main_process()
+    console = (console or Console(highlight=False)) if main else Console(quiet=True)
     output_dir = Path(config.output_dir)
     effective = config.effective()
-    start = find_start_point(
-        output_dir, effective, resume=config.resume_from_checkpoint, overwrite=config.overwrite_output_dir
+    find = partial(
+        find_start_point,
+        output_dir,
+        effective,
+        resume=config.resume_from_checkpoint,
+        overwrite=config.overwrite_output_dir,
     )
+    start = find()
     set_seed(config.seed)
+    arguments, argument_notes = training_arguments(config)
     with console.status("reading the data"):
         prepared = prepare_data(config)
+    check_rows(prepared.data, arguments)
+    check_same_data(start, prepared.data.digest)
     with console.status(f"loading {config.model_name_or_path}"):
-        model = prepare_model(config)
+        model = prepare_model(config, prepared)
 
-    prepare_output_dir(output_dir, start)
-    write_json(output_dir / CONFIG_NAME, effective)
-    _write_status(output_dir, "running", model)
-    return _run(config, loaded.notes, prepared, model, start, console, next_commands)
+    run = partial(_run, config, [*loaded.notes, *argument_notes], arguments, prepared, model, start, console)
+    if not main:
+        return run(next_commands)
+    with only_run_in(output_dir):
+        if find() != start:
+            raise ConfigError(f"output_dir {output_dir}: another run wrote into it meanwhile. Start again.")
+        prepare_output_dir(output_dir, start)
+        write_json(output_dir / CONFIG_NAME, effective)
+        write_json(output_dir / RUN_NAME, run_facts("running", prepared, model))
+        return run(next_commands)
 
 
 def _checked(config: Any, overrides: Sequence[str]) -> LoadedConfig:
@@ -116,7 +157,8 @@ def _checked(config: Any, overrides: Sequence[str]) -> LoadedConfig:
 
 def _run(
     config: TrainConfig,
-    config_notes: Sequence[str],
+    notes: Sequence[str],
+    arguments: TrainingArguments,
     prepared: PreparedData,
     model: PreparedModel,
     start: StartPoint,
@@ -124,17 +166,17 @@ def _run(
     next_commands: Sequence[tuple[str, str]] | None,
 ) -> TrainResult:
     output_dir = Path(config.output_dir)
-    arguments, argument_notes = training_arguments(
-        config, dtype=model.loaded.dtype, device=model.loaded.device, has_eval=prepared.data.eval is not None
-    )
-    trainer = PyralisTrainer(
-        model=model.model,
-        args=arguments,
-        train_dataset=prepared.data.train,
-        eval_dataset=prepared.data.eval,
-        data_collator=Collator.for_tokenizer(prepared.tokenizer),
-        processing_class=prepared.tokenizer,
-    )
+    with refusals_named():
+        trainer = PyralisTrainer(
+            model=model.model,
+            args=arguments,
+            train_dataset=prepared.data.train,
+            eval_dataset=prepared.data.eval,
+            data_collator=Collator.for_tokenizer(prepared.tokenizer),
+            processing_class=prepared.tokenizer,
+            template=prepared.template,
+            embedding_learning_rate=config.embedding_learning_rate,
+        )
     if start.checkpoint is not None:
         restore_counts(trainer, start.checkpoint)
     if prepared.template is not None:
@@ -147,7 +189,7 @@ def _run(
     writer = MetricsWriter(output_dir / METRICS_NAME, resume_step=start.step) if main else None
     counts = trainer.token_counts
     metrics = MetricsCallback(writer, lambda: (counts.supervised, counts.total))
-    info = describe_start(config, prepared, model, trainer, start, [*config_notes, *argument_notes])
+    info = describe_start(config, prepared, model, trainer, start, notes)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(metrics)
@@ -170,12 +212,13 @@ def _run(
     after = [] if interrupted else _answers(config, prepared, model, questions, console, "after")
     samples = tuple(SampleAnswer(*row) for row in zip(questions, before, after))
     if main and not interrupted:
-        _save_result(trainer, prepared, output_dir)
+        _save_result(trainer, output_dir)
     summary = summarise(metrics.history)
     files = OutcomeFiles(metrics=output_dir / METRICS_NAME)
     if main:
         files = write_outcome(output_dir, info, metrics.history, config.effective(), prepared.data.report, samples)
-        _write_status(output_dir, status, model, step=trainer.state.global_step, summary=summary)
+        outcome = {"step": trainer.state.global_step, **summary_facts(summary)}
+        write_json(output_dir / RUN_NAME, run_record(output_dir) | {"status": status, **outcome})
         if samples:
             console.print(answers_table(samples))
         console.print(final_panel(final_info(config, summary, files, interrupted, samples, next_commands)))
@@ -203,37 +246,13 @@ def _answers(
         )
 
 
-def _save_result(trainer: PyralisTrainer, prepared: PreparedData, output_dir: Path) -> None:
-    """Adapter or model, tokenizer and template: written into a folder beside, then moved in."""
-    staging = output_dir / ".saving-result"
+def _save_result(trainer: PyralisTrainer, output_dir: Path) -> None:
+    """Adapter or model, tokenizer and template: written into a folder beside, then moved in. The run's record names
+    them first, so that a run that starts anew finds all of them to clear away."""
+    staging = output_dir / f"{STAGING_PREFIX}result"
     shutil.rmtree(staging, ignore_errors=True)
     trainer.save_model(str(staging))
     (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; pyralis_config.json says it all
-    if prepared.template is not None:
-        save_template(prepared.template, staging)
+    names = sorted(path.name for path in staging.iterdir())
+    write_json(output_dir / RUN_NAME, run_record(output_dir) | {"result": names})
     publish(staging, output_dir)
-
-
-def _write_status(
-    output_dir: Path, status: str, model: PreparedModel, *, step: int = 0, summary: RunSummary | None = None
-) -> None:
-    """`pyralis_run.json`: whether the run is over, and what merging must know of how it computed."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    environment = describe_environment()
-    record: dict[str, Any] = {
-        "status": status,
-        "step": step,
-        "compute_dtype": str(model.loaded.dtype).removeprefix("torch."),
-        "versions": dict(environment.packages),
-    }
-    if summary is not None:
-        record |= {
-            "first_loss": summary.first_loss,
-            "last_loss": summary.last_loss,
-            "last_eval_loss": summary.last_eval_loss,
-            "seconds": summary.seconds,
-            "supervised_tokens": summary.supervised_tokens,
-            "total_tokens": summary.total_tokens,
-        }
-    write_json(output_dir / RUN_NAME, record)

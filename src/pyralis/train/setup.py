@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from pyralis.compat import checkpointing_argument
 from pyralis.data.dataset import BuiltData, build_dataset, template_for
 from pyralis.data.pack import require_isolation
 from pyralis.data.settings import DataSettings
-from pyralis.data.template import ChatTemplate
-from pyralis.errors import ConfigError
+from pyralis.data.store import highest_token
+from pyralis.data.template import ChatTemplate, stop_token_ids
+from pyralis.errors import ConfigError, ModelError
 from pyralis.lora.attach import LoraSettings, ParameterCount, attach_lora, count_parameters
+from pyralis.models.dtype import choose_device, choose_dtype
+from pyralis.models.generation import settle_generation
 from pyralis.models.load import LoadedModel, ModelSettings, load_model
 from pyralis.models.surgery import AccelerationReport, accelerate
 from pyralis.models.tokenizer import load_tokenizer
 from pyralis.train.config import TrainConfig
+from pyralis.train.refusals import refusals_named
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +56,7 @@ class PreparedModel:
     loaded: LoadedModel
     acceleration: AccelerationReport
     parameters: ParameterCount
+    notes: tuple[str, ...] = ()
 
 
 def prepare_data(config: TrainConfig, progress: Any = None) -> PreparedData:
@@ -65,8 +73,18 @@ def prepare_data(config: TrainConfig, progress: Any = None) -> PreparedData:
     return PreparedData(tokenizer, template, data)
 
 
-def prepare_model(config: TrainConfig) -> PreparedModel:
-    """Load the model, put the fast path in, attach the adapter."""
+def check_rows(data: BuiltData, arguments: TrainingArguments) -> None:
+    """Raise ConfigError if no batch can be filled, which the Trainer would call a finished run."""
+    batch = arguments.per_device_train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and len(data.train) < batch:
+        raise ConfigError(
+            f"dataloader_drop_last: {len(data.train)} rows do not fill one batch of {batch}, so nothing would be "
+            "trained. Set it to false, or per_device_train_batch_size lower."
+        )
+
+
+def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
+    """Load the model, see that the data fits it, put the fast path in, attach the adapter."""
     loaded = load_model(
         ModelSettings(
             config.model_name_or_path,
@@ -80,11 +98,7 @@ def prepare_model(config: TrainConfig) -> PreparedModel:
             allow_pickle_weights=config.allow_pickle_weights,
         )
     )
-    if loaded.quantized and config.train_mode == "full":
-        raise ConfigError(
-            f"train_mode: full, but the weights of {config.model_name_or_path} are quantised and cannot be trained. "
-            "Use train_mode: qlora, or the checkpoint that is not quantised."
-        )
+    notes = check_fits(loaded.model, prepared)
     if config.task_type == "sft" and config.packing:
         require_isolation(loaded.model)
     acceleration = accelerate(loaded.model, config.acceleration)
@@ -92,13 +106,65 @@ def prepare_model(config: TrainConfig) -> PreparedModel:
         logger.warning("acceleration: on, but %s", "; ".join(acceleration.lines))
     model: Any = loaded.model
     if config.train_mode != "full":
-        adapter = Path(config.load_adapter) if config.load_adapter else loaded.adapter
+        adapter = Path(config.load_adapter) if config.load_adapter else None
         model = attach_lora(loaded.model, lora_settings(config), adapter=adapter)
         if adapter is None and not Path(config.model_name_or_path).exists():
             # The name as given, not the cache folder it was found in: the adapter should load on other machines.
             model.peft_config[model.active_adapter].base_model_name_or_path = config.model_name_or_path
-    model.config.use_cache = False
-    return PreparedModel(model, loaded, acceleration, count_parameters(model))
+    else:
+        stops = [] if prepared.template is None else stop_token_ids(prepared.template, prepared.tokenizer)
+        settle_generation(loaded.model, stops, prepared.tokenizer.pad_token_id)
+    return PreparedModel(model, loaded, acceleration, count_parameters(model), notes)
+
+
+def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
+    """Raise if the model has no embedding for a token or a position of the data; note what is odd about the two.
+
+    Raises:
+        ModelError: token ids beyond the vocabulary (a tokenizer of another model).
+        ConfigError: rows longer than a learnt table of positions.
+    """
+    notes = _stop_notes(prepared)
+    parts = [part for part in (prepared.data.train, prepared.data.eval) if part is not None]
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(prepared.tokenizer) > vocabulary and (highest := max(map(highest_token, parts))) >= vocabulary:
+        raise ModelError(
+            f"the data holds token {highest} ({prepared.tokenizer.convert_ids_to_tokens(highest)!r}), but the model "
+            f"has only {vocabulary} embeddings: the tokenizer is not this model's."
+        )
+    longest = max(max(part.data["length"].to_pylist()) for part in parts)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not limit or longest <= limit:
+        return notes
+    if has_learnt_positions(model):
+        raise ConfigError(
+            f"max_seq_length: a row has {longest} tokens, but {type(model).__name__} has only {limit} positions. Set "
+            f"max_seq_length to {limit} or less."
+        )
+    return (*notes, f"the longest row has {longest} tokens; the model was made for {limit}, and is unsure beyond")
+
+
+def _stop_notes(prepared: PreparedData) -> tuple[str, ...]:
+    """A stop text in several tokens is learnt and obeyed all the same, but mostly means a template of another model."""
+    if prepared.template is None:
+        return ()
+    encoded = {
+        stop: prepared.tokenizer.encode(stop, add_special_tokens=False) for stop in prepared.template.stop_strings
+    }
+    return tuple(
+        f"{stop!r}, which ends an answer in this template, is {len(ids)} tokens of this model's tokenizer: is it the "
+        "model's template?"
+        for stop, ids in encoded.items()
+        if len(ids) > 1
+    )
+
+
+def has_learnt_positions(model: nn.Module) -> bool:
+    """Whether positions are looked up in a table (GPT-2, OPT), which ends, and not computed (rotary, ALiBi)."""
+    return any(
+        isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name)
+        for name, module in model.named_modules()
+    )
 
 
 def lora_settings(config: TrainConfig) -> LoraSettings:
@@ -116,11 +182,18 @@ def lora_settings(config: TrainConfig) -> LoraSettings:
     )
 
 
-def training_arguments(
-    config: TrainConfig, *, dtype: torch.dtype, device: torch.device, has_eval: bool
-) -> tuple[TrainingArguments, list[str]]:
-    """The Trainer's arguments for this device, and notes on what became of words the device cannot follow."""
+def training_arguments(config: TrainConfig) -> tuple[TrainingArguments, list[str]]:
+    """The Trainer's arguments for this device, and notes on what became of words the device cannot follow.
+
+    Made before the model is loaded: what is wrong with them is said early, and DeepSpeed's ZeRO-3 shards a model while
+    it loads only if they exist.
+
+    Raises:
+        ConfigError: what transformers refuses.
+    """
     notes = []
+    device = choose_device()
+    dtype = choose_dtype(config.requested_dtype, device).dtype  # type: ignore[arg-type]
     arguments = config.training_arguments()
     arguments["output_dir"] = str(config.output_dir)
     arguments["bf16"] = dtype == torch.bfloat16
@@ -129,19 +202,20 @@ def training_arguments(
         arguments["use_cpu"] = True
         arguments["dataloader_pin_memory"] = False
         arguments["tf32"] = None
-        optim = str(getattr(config.optim, "value", config.optim))
+        optim = str(config.optim)
         if optim in _CPU_OPTIMIZERS:
             arguments["optim"] = _CPU_OPTIMIZERS[optim]
             if "optim" in config.model_fields_set:
                 notes.append(f"optim: {optim} needs a GPU; {_CPU_OPTIMIZERS[optim]} does the same here")
     if checkpoints_layers(config, device):
-        arguments["gradient_checkpointing"] = True
-        arguments.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-    if not has_eval:
+        arguments[checkpointing_argument("gradient_checkpointing")] = True
+        arguments.setdefault(checkpointing_argument("gradient_checkpointing_kwargs"), {"use_reentrant": False})
+    if not (config.eval_file or config.eval_split):
         arguments["eval_strategy"] = "no"
     arguments["prediction_loss_only"] = True
     arguments["label_names"] = ["labels"]
-    return TrainingArguments(**arguments), notes
+    with refusals_named():
+        return TrainingArguments(**arguments), notes
 
 
 def checkpoints_layers(config: TrainConfig, device: torch.device) -> bool:

@@ -16,8 +16,10 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pyralis.data.template import ChatTemplate, save_template
 from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
+from pyralis.train.refusals import refusals_named
 
 COUNTS_NAME = "pyralis_counts.json"
 
@@ -66,15 +68,30 @@ class PyralisTrainer(Trainer):
       into micro-batches and processes: 1 x 8, 2 x 4 and 8 x 1 give the same gradients.
     - Evaluation weighs tokens, not batches.
     - A checkpoint is written beside and renamed: `checkpoint-N` exists only when it is whole.
+    - The chat template lies beside every saved model.
+    - Embeddings and head may have a learning rate of their own.
     """
 
     # compute_loss divides by the tokens of the whole accumulated batch, so Trainer must not divide again (5.23+ reads
     # this; earlier versions read model_accepts_loss_kwargs, set below).
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        template: ChatTemplate | None = None,
+        embedding_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model = kwargs["model"]
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(*args, **kwargs)
+        # Trainer writes its own `use_cache: false` into the model's config, which is saved; forward is told each time.
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        self.template = template
         self.model_accepts_loss_kwargs = True
+        self.embedding_learning_rate = embedding_learning_rate
         self.token_counts = TokenCounts()
         self._eval_sums: list[torch.Tensor] | None = None
         # Label smoothing goes through our loss; Trainer's smoother would take the labels away first.
@@ -144,7 +161,33 @@ class PyralisTrainer(Trainer):
             self._eval_sums = None
         return output
 
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the parent's, with embeddings and head in groups of their own where they have their own learning rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        with refusals_named(f"optim: {_word(self.args.optim)} cannot be used"):
+            optimizer = super().create_optimizer(model)
+        if self.embedding_learning_rate is not None:
+            give_learning_rate(optimizer, embedding_parameters(self.model), self.embedding_learning_rate)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with refusals_named(f"lr_scheduler_type: {_word(self.args.lr_scheduler_type)} cannot be used"):
+            return super().create_scheduler(*args, **kwargs)
+
     # ---- checkpoints ----
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with refusals_named(f"{checkpoint} cannot be resumed from: its optimizer state is of another run"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The chat template goes with the weights, into checkpoints too: they can be talked to and merged."""
+        super()._save(output_dir, state_dict)
+        if self.template is not None:
+            save_template(self.template, Path(output_dir or str(self.args.output_dir)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write `checkpoint-N` beside, rename it, then delete what `save_total_limit` no longer keeps."""
@@ -188,6 +231,34 @@ class PyralisTrainer(Trainer):
                 states[name].append(callback.state())
             else:
                 states[name] = callback.state()
+
+
+def _word(choice: Any) -> str:
+    """An enum's value as a config writes it."""
+    return str(getattr(choice, "value", choice))
+
+
+def embedding_parameters(model: Any) -> list[nn.Parameter]:
+    """What is trained of the input embedding and the head, also inside PEFT's wrappers."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {
+        id(parameter): parameter
+        for module in modules
+        if module is not None
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+    return list(found.values())
+
+
+def give_learning_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
+    """Move the parameters into groups of their own, otherwise like those they were in."""
+    moved = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in moved]
+        if mine:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+            optimizer.add_param_group({**group, "params": mine, "lr": rate})
 
 
 def restore_counts(trainer: PyralisTrainer, checkpoint: Path) -> None:
