@@ -20,11 +20,12 @@ LR, DECAY, EPS = 1e-2, 0.1, 1e-8
 
 
 def gradient(n: int, device: torch.device, step: int) -> Tensor:
-    """Of different sizes within a block, some zero."""
-    spread = random(n, dtype=torch.float32, device=device, seed=9).mul(0.5).exp()
-    grads = random(n, dtype=torch.float32, device=device, seed=step, scale=1e-3) * spread
+    """Of different sizes within a block, some zero; the same on every device."""
+    cpu = torch.device("cpu")
+    spread = random(n, dtype=torch.float32, device=cpu, seed=9).mul(0.5).exp()
+    grads = random(n, dtype=torch.float32, device=cpu, seed=step, scale=1e-3) * spread
     grads[::17] = 0
-    return grads
+    return grads.to(device)
 
 
 def run(
@@ -171,15 +172,16 @@ def differing_codes(n: int, device: torch.device, steps: int) -> tuple[float, fl
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_against_bitsandbytes(kind: str, record_property: Callable[[str, object], None]) -> None:
     """bitsandbytes' quantiser on a CPU does not take the nearest code for small values (0 itself gets another), see
-    `test_quantise_takes_the_nearest_code`; hence the bound for v, most of whose values are small.
+    `test_quantise_takes_the_nearest_code`; hence the bound for v, most of whose values are small. On a GPU it takes
+    them, but loses digits of 1 - beta^step in float32; hence the bound for p.
     """
     m, v, p = differing_codes(BLOCK * 64 + 77, torch.device(kind), steps=12)
     for name, value in (("m", m), ("v", v), ("p", p)):
         record_property(f"differing_{name}", value)
     print(f"codes that differ from bitsandbytes' on {kind}: m {m:.2%}, v {v:.2%}; parameters: {p:.1e} of a step")
-    assert m < 0.01
-    assert v < 0.08
-    assert p < 1e-3
+    assert m < (0.01 if kind == "cpu" else 0.001)
+    assert v < (0.08 if kind == "cpu" else 0.002)
+    assert p < 3e-3
 
 
 def test_trains_like_32_bits(device: torch.device) -> None:

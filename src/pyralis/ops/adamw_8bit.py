@@ -1,6 +1,6 @@
 """AdamW's states in 8 bits: a code for each element, a scale for each block of 256.
 
-    scale = max |x| over the block,  code = the nearest entry of a map to x / scale,  x' = map[code] * scale
+    scale = max |x| over the block,  code = the nearest entry of a map to x * (1 / scale),  x' = map[code] * scale
 
 The maps are bitsandbytes' dynamic ones (`create_dynamic_map`), signed for the first moment and unsigned for the second,
 so states can be handed over in either direction. With K = 1 for the signed map's positive half and K = 2 for the
@@ -30,6 +30,8 @@ from pyralis.ops._triton import cdiv, tl, triton
 
 BLOCK = 256
 _SIGNED, _UNSIGNED, _SIGNED_MIDDLES, _UNSIGNED_MIDDLES, _END = 0, 256, 512, 640, 896  # where tables start
+_SMALLEST = 2.0**-126  # float32's smallest normal number: a block below it counts as zeros, its 1 / scale may overflow
+SMALLEST = tl.constexpr(_SMALLEST)
 SIGNED = tl.constexpr(_SIGNED)
 UNSIGNED = tl.constexpr(_UNSIGNED)
 SIGNED_MIDDLES = tl.constexpr(_SIGNED_MIDDLES)
@@ -60,7 +62,7 @@ def quantise(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     tables = code_tables(x.device)
     blocks = to_blocks(x)
     scale = blocks.abs().amax(1)
-    magnitude = blocks.abs() / torch.where(scale > 0, scale, 1.0)[:, None]
+    magnitude = blocks.abs() * torch.where(scale >= _SMALLEST, scale, float("inf")).reciprocal()[:, None]
     if signed:
         rank = torch.bucketize(magnitude, tables[_SIGNED_MIDDLES:_UNSIGNED_MIDDLES])
         codes = torch.where(blocks < 0, 127 - rank.clamp(max=127), 127 + rank)
@@ -134,7 +136,8 @@ class State8bit:
 @triton.jit
 def nearest_codes(x, scale, tables, IS_SIGNED: tl.constexpr):
     """Codes [ROWS, 256] of float32 x [ROWS, 256] in blocks of scale [ROWS]."""
-    magnitude = tl.div_rn(tl.abs(x), tl.where(scale > 0.0, scale, 1.0)[:, None] + tl.zeros_like(x))
+    inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, tl.where(scale >= SMALLEST, scale, float("inf")))
+    magnitude = tl.abs(x) * inverse[:, None]
     rank = magnitude * (1e6 / 0.9) - 1.0 / 9.0
     for decade in tl.static_range(1, 7):
         rank = tl.minimum(rank, magnitude * (1e6 / 0.9 / 5**decade) + (2**decade - 1 - 2**decade / 9.0))

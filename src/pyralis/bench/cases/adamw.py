@@ -82,14 +82,19 @@ def _stock(params: Tensor, grads: Tensor, *, fused: bool) -> Contender:
 
 
 def _bitsandbytes(params: Tensor, grads: Tensor, copy: Tensor | None) -> Contender:
-    from bitsandbytes.optim import AdamW8bit
+    """Its kernel alone: its optimizer waits for the GPU after each parameter. It launches on the default stream."""
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
 
-    parameter = torch.nn.Parameter(params)
-    parameter.grad = grads
-    optimizer = AdamW8bit([parameter], **HYPER)
+    state = State8bit.zeros(params.numel(), params.device)
+    signed, unsigned = state.tables[:256], state.tables[256:512]
 
     def step() -> Tensor:
-        optimizer.step()
-        return parameter.detach() if copy is None else copy.copy_(parameter.detach())
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("bitsandbytes launches on the default stream: a graph would be empty")
+        optimizer_update_8bit_blockwise(
+            "adam", grads, params, state.m_codes, state.v_codes, BETA1, BETA2, 0.0, 0.0, EPS, 1, LR,
+            signed, unsigned, state.m_scale, state.v_scale, DECAY,
+        )  # fmt: skip
+        return params if copy is None else copy.copy_(params)
 
     return step
