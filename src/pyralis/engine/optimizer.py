@@ -1,0 +1,250 @@
+"""AdamW as a torch optimizer, over parameters that are views of one flat buffer: two or three launches a step.
+
+Checkpoints keep the layouts others read: `torch.optim.AdamW`'s with 32-bit states, bitsandbytes' `AdamW8bit`'s with
+8-bit ones. Either kind loads into either optimizer here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pyralis.engine.flat_parameters import locate
+from pyralis.engine.optimizer_state import read_moments, unwrapped
+from pyralis.errors import ConfigError, ModelError
+from pyralis.ops.adamw import Groups, State32bit, adamw_step
+from pyralis.ops.adamw_8bit import BLOCK, State8bit
+from pyralis.ops.grad_norm import StepScalars, begin_step
+
+Rounding = Literal["nearest", "stochastic", "kahan"]
+
+
+class FlatAdamW(Optimizer):
+    """AdamW (decoupled weight decay) over one flat buffer, see `flatten_parameters`.
+
+    bits: 32 or 8 for the states; parameters below `min_8bit_size` elements keep 32. max_norm: clip the gradient of all
+    parameters to this norm. rounding: of bfloat16 parameters, see `pyralis.ops.adamw`. compute_copy: [n], refreshed
+    with the parameters in its own dtype.
+
+    A step whose gradient is not finite changes nothing and is not counted. `grads` [n] is read: a `p.grad` that is not
+    a view of it is copied there. A parameter without a gradient is left alone, as by torch, but all count one step.
+    Works under `torch.amp.GradScaler`. Everything but `gather` and `sync_groups` may be captured in a CUDA graph.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf, which `update` reads
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        bits: int = 32,
+        min_8bit_size: int = 4096,
+        max_norm: float | None = None,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+        compute_copy: Tensor | None = None,
+    ) -> None:
+        if bits not in (8, 32):
+            raise ConfigError(f"optimizer states have 8 or 32 bits, not {bits}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        layout = self.layout = locate(self.parameters)
+        n, device, dtype = layout.values.numel(), layout.values.device, layout.values.dtype
+        if rounding != "nearest" and dtype != torch.bfloat16:
+            raise ConfigError(f"rounding {rounding!r} is for bfloat16 parameters; these are {dtype}")
+        if compute_copy is not None and compute_copy.shape != (n,):
+            raise ModelError(f"the compute copy has shape {list(compute_copy.shape)}, expected [{n}] as the buffer")
+        self.max_norm, self.compute_copy = max_norm, compute_copy
+        self.grads = torch.zeros_like(layout.values)
+        self.grad_views = [self.grads[layout.part(i)].view(p.shape) for i, p in enumerate(self.parameters)]
+        self.scalars = StepScalars.new(device)
+        self.moments: State32bit | State8bit
+        if bits == 8:
+            wide = torch.zeros(layout.blocks, dtype=torch.bool)
+            for i, size in enumerate(layout.sizes):
+                wide[layout.block_part(i)] = size < min_8bit_size
+            self.moments = State8bit.zeros(n, device, wide)
+        else:
+            self.moments = State32bit.zeros(n, device)
+        self._seed = torch.tensor([seed], dtype=torch.int64, device=device) if rounding == "stochastic" else None
+        self._compensation = torch.zeros_like(layout.values) if rounding == "kahan" else None
+        self._rates: list[list[float]] = []
+        self._absent: frozenset[int] = frozenset()
+        count = len(self.param_groups)
+        index = self._group_index().to(device)
+        self._groups = Groups(torch.zeros(count, device=device), torch.zeros(count, device=device), index)
+        self.sync_groups()
+        self._bind_state()
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """[] float32 on the device: the last step's gradient norm, before clipping."""
+        return self.scalars.norm
+
+    @property
+    def skipped(self) -> Tensor:
+        """[] float32 on the device: 1 if the last step was skipped, its gradient not being finite."""
+        return self.scalars.skip
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "moments"):
+            raise ConfigError("FlatAdamW takes all its parameters when it is made; make a new one")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.gather():
+            self.sync_groups()
+            self.update()
+        return loss
+
+    def gather(self) -> bool:
+        """Bring gradients that lie elsewhere into `grads`; False if no parameter has one."""
+        targets, sources, absent = [], [], []
+        for i, (p, view) in enumerate(zip(self.parameters, self.grad_views)):
+            if p.grad is None:
+                absent.append(i)
+            elif p.grad.data_ptr() != view.data_ptr():
+                targets.append(view)
+                sources.append(p.grad)
+        if len(absent) == len(self.parameters):
+            return False
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        if frozenset(absent) != self._absent:
+            self._absent = frozenset(absent)
+            for i in absent:
+                self.grad_views[i].zero_()
+            assert self._groups.index is not None
+            self._groups.index.copy_(self._group_index())
+        return True
+
+    def sync_groups(self) -> None:
+        """Send learning rates and weight decays to the device if they changed since the last time."""
+        rates = [[float(group[key]) for group in self.param_groups] for key in ("lr", "weight_decay")]
+        if rates != self._rates:
+            self._rates = rates
+            self._groups.lr.copy_(torch.tensor(rates[0]))
+            self._groups.weight_decay.copy_(torch.tensor(rates[1]))
+
+    def update(self) -> None:
+        """The launches of a step: the gradient's norm, its scalars, the update. No value visits the CPU."""
+        (beta1, beta2), eps = self._settings()
+        given = self.__dict__
+        begin_step(
+            self.grads, self.scalars, beta1=beta1, beta2=beta2, max_norm=self.max_norm,
+            grad_scale=given.get("grad_scale"), found_inf=given.get("found_inf"),
+        )  # fmt: skip
+        adamw_step(
+            self.layout.values, self.grads, self.moments, self.scalars, self._groups, beta1=beta1, beta2=beta2, eps=eps,
+            compute_copy=self.compute_copy, seed=self._seed, compensation=self._compensation,
+        )  # fmt: skip
+
+    def _settings(self) -> tuple[tuple[float, float], float]:
+        found = {(tuple(group["betas"]), group["eps"]) for group in self.param_groups}
+        if len(found) > 1:
+            raise ConfigError("all parameter groups of FlatAdamW share betas and eps; lr and weight_decay may differ")
+        ((beta1, beta2), eps) = found.pop()
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and eps >= 0 and math.isfinite(eps)):
+            raise ConfigError(f"betas {beta1}, {beta2} must be in [0, 1) and eps {eps} at least 0")
+        return (beta1, beta2), eps
+
+    def _group_index(self) -> Tensor:
+        """[B] int32 on the CPU: the group of each block, -1 where no parameter lies or it has no gradient."""
+        index, i = torch.full((self.layout.blocks,), -1, dtype=torch.int32), 0
+        for number, group in enumerate(self.param_groups):
+            for _ in group["params"]:
+                if i not in self._absent:
+                    index[self.layout.block_part(i)] = number
+                i += 1
+        return index
+
+    def _bind_state(self) -> None:
+        for i, p in enumerate(self.parameters):
+            self.state[p] = self._state_of(i)
+
+    def _state_of(self, i: int) -> dict[str, Any]:
+        """Views of parameter i's states, under the names of torch's AdamW or of bitsandbytes'."""
+        part, blocks, shape = self.layout.part(i), self.layout.block_part(i), self.parameters[i].shape
+        state: dict[str, Any] = {"step": self.scalars.step}
+        if self._compensation is not None:
+            state["compensation"] = self._compensation[part].view(shape)
+        moments = self.moments
+        if isinstance(moments, State32bit):
+            return {**state, "exp_avg": moments.m[part].view(shape), "exp_avg_sq": moments.v[part].view(shape)}
+        slot = -1 if moments.slots is None else int(moments.slots[blocks.start])
+        if slot >= 0:
+            assert moments.m is not None
+            assert moments.v is not None
+            kept = slice(slot * BLOCK, slot * BLOCK + self.layout.sizes[i])
+            return {**state, "state1": moments.m[kept].view(shape), "state2": moments.v[kept].view(shape)}
+        return {
+            **state,
+            "state1": moments.m_codes[part].view(shape), "state2": moments.v_codes[part].view(shape),
+            "absmax1": moments.m_scale[blocks], "absmax2": moments.v_scale[blocks],
+            "qmap1": moments.tables[:256], "qmap2": moments.tables[256:512],
+        }  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """In the layout of torch's AdamW (`exp_avg`, ...); with 8 bits, of bitsandbytes' (`state1`, `absmax1`, ...)."""
+        saved = super().state_dict()
+        steps = int(self.scalars.step)
+        as_torch = isinstance(self.moments, State32bit)  # which counts in place: a tensor for each parameter
+        saved["state"] = {
+            i: {**state, "step": torch.tensor(float(steps)) if as_torch else steps}
+            for i, state in saved["state"].items()
+        }
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` of this class, of torch's AdamW or of bitsandbytes' AdamW8bit gave.
+
+        Raises ModelError if it is for other parameters, ConfigError if their steps differ.
+        """
+        saved_groups = state_dict["param_groups"]
+        ours, theirs = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups))
+        if ours != theirs:
+            raise ModelError(f"the optimizer's checkpoint has groups of {theirs} parameters; this run has {ours}")
+        keys = [key for group in saved_groups for key in group["params"]]
+        states = [unwrapped(state_dict["state"].get(key, {})) for key in keys]
+        steps = {int(state["step"]) for state in states if state}
+        if len(steps) > 1:
+            raise ConfigError(
+                f"parameters in the checkpoint have taken {sorted(steps)} steps; FlatAdamW counts one step for all"
+            )
+        n, device = self.layout.values.numel(), self.layout.values.device
+        m, v = (torch.zeros(n, device=device) for _ in range(2))
+        exact = torch.zeros(self.layout.blocks, dtype=torch.bool, device=device)  # taken over code by code
+        for i, state in enumerate(states):
+            part, current = self.layout.part(i), self.state[self.parameters[i]]
+            if not state:
+                continue
+            if state["exp_avg" if "exp_avg" in state else "state1"].numel() != self.layout.sizes[i]:
+                raise ModelError(f"parameter {i} has {self.layout.sizes[i]} elements, but not in the checkpoint")
+            if "absmax1" in state and "absmax1" in current:
+                for name in ("state1", "state2", "absmax1", "absmax2"):
+                    current[name].copy_(state[name].view(current[name].shape))
+                exact[self.layout.block_part(i)] = True
+            else:
+                m[part], v[part] = read_moments(state, device)
+            if "compensation" in state and "compensation" in current:
+                current["compensation"].copy_(state["compensation"])
+        self.moments.store(m, v, exact)
+        self.scalars.step.fill_(steps.pop() if steps else 0)
+        for group, saved in zip(self.param_groups, saved_groups):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        self.sync_groups()
