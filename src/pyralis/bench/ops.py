@@ -93,7 +93,9 @@ def bench_ops(
         report(f"{number}/{len(cases)} {case.op} {case.shape} T={case.tokens}")
         results.append(measure_case(case, rates, device))
         torch.cuda.empty_cache()
-    Console().print(table(results, rates))
+    console = Console()
+    # A log has no width; 80 columns would cut every figure.
+    (console if console.is_terminal else Console(width=200)).print(table(results, rates))
     if out is not None:
         from pyralis.bench.plot import plot_shares
 
