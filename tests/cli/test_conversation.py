@@ -64,3 +64,8 @@ def test_interrupting_an_answer_goes_on(monkeypatch: pytest.MonkeyPatch) -> None
     assert out == "You said You said hello\n"
     assert "(stopped)" in err
     assert session.closed
+
+
+def test_bytes_that_are_not_utf8_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = b"caf\xe9\n".decode("utf-8", "surrogateescape")  # as Python reads stdin and arguments
+    assert converse(monkeypatch, half)[0] == "You said caf\ufffd\n"

@@ -133,6 +133,8 @@ class TestRefused:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(ModelError, match="neither a folder here nor can it be had from the hub"):
             load_model(ModelSettings("nobody/no-such-model"))
+        with pytest.raises(ModelError, match="neither a folder here nor can its tokenizer be had from the hub"):
+            load_tokenizer("nobody/no-such-model")
 
 
 class TestTokenizer:

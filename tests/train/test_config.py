@@ -93,6 +93,12 @@ def test_overrides_count_before_the_file_and_may_use_old_names(tmp_path: Path) -
         load_config(path, ["lora_rank"])
 
 
+def test_an_override_without_a_value_is_the_empty_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "c.json", json.dumps({**MINIMAL, "template_name": "qwen", "system": "x"}))
+    config = load_config(path, ["template_name=", "system=null"]).config
+    assert (config.template_name, config.system) == ("", None)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -38,7 +38,7 @@ def test_startup_panel(startup: StartupInfo, width: int) -> None:
         "NVIDIA H100 80GB HBM3",
         "12,345 rows · 4.32M tokens, 46 % of them supervised",
         "1 row · 400 tokens, 25 % of them supervised",
-        "2 x 8 accumulated x 4 GPUs = 64 rows a step",
+        "2 x 8 accumulated x 4 processes = 64 rows a step",
         "40 · 1 epoch",
         "adamw_torch · lr 0.0001 · linear",
         "stock transformers on all 28 layers",
@@ -62,7 +62,7 @@ def test_what_is_not_known_is_left_out(startup: StartupInfo) -> None:
         data=(),
     )
     text = drawn(startup_panel(bare), 80)
-    for word in ("memory", "acceleration", "note ", "warning", "None", "GPUs", "data"):
+    for word in ("memory", "acceleration", "note ", "warning", "None", "processes", "data"):
         assert word not in text
 
 

@@ -134,3 +134,17 @@ def test_a_checkpoint_knows_how_it_was_trained(tiny_llama: Path, chats: Path, tm
     checkpoint = tmp_path / "out" / "checkpoint-1"
     assert read_record(checkpoint).quantized
     assert json.loads((checkpoint / "pyralis_template.json").read_text())["name"] == "yi"
+
+
+def test_an_adapter_names_its_base_as_the_config_did(
+    tiny_llama: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The folder of a fetched model is this machine's; and no save asks the hub about the name."""
+    monkeypatch.setattr("pyralis.models.source.fetch_model", lambda name: tiny_llama)
+    run(Path("smollm2-135m-instruct"), chats, tmp_path / "out", max_steps=1)
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == "smollm2-135m-instruct"
+        assert str(tiny_llama) not in (folder / "README.md").read_text(encoding="utf-8")
+        assert not (folder / "training_args.bin").exists()
+    assert not [w for w in recwarn if "remote file" in str(w.message) or "config file" in str(w.message)]

@@ -46,7 +46,7 @@ class Conversation:
 
     def answer(self, text: str) -> None:
         """Stream the answer to one message; Ctrl-C ends the answer, not the program."""
-        pieces = self._session.reply(text, self._options)
+        pieces = self._session.reply(_whole_characters(text), self._options)
         try:
             for piece in pieces:
                 self._out.write(piece)
@@ -95,6 +95,11 @@ class Conversation:
 
     def _say(self, text: str) -> None:
         print(text, file=self._err, flush=True)
+
+
+def _whole_characters(text: str) -> str:
+    """Python reads bytes that are not UTF-8 as half characters, which no tokenizer takes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _is_command(text: str) -> bool:

@@ -22,14 +22,15 @@ def set_up_process() -> None:
 
 
 def set_up_logging() -> None:
-    """Pyralis's own log lines from INFO on go to stderr, as they are; other libraries only warn."""
+    """Pyralis's own log lines from INFO on go to stderr, as they are; other libraries only warn. Of a launcher's
+    processes only the first one tells, the others warn."""
     quiet_libraries()
     logger = logging.getLogger("pyralis")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.propagate = False
 
 

@@ -43,7 +43,13 @@ def load_tokenizer(
             location, revision=revision, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"The tokenizer of {location} cannot be loaded: {error}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, OSError) and not Path(location).exists():
+            raise ModelError(
+                f"{location} is neither a folder here nor can its tokenizer be had from the hub ({reason}). Check the "
+                "name and the connection, or download the model elsewhere and give its folder."
+            ) from error
+        raise ModelError(f"The tokenizer of {location} cannot be loaded: {reason}") from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = choose_pad_token(tokenizer)

@@ -138,7 +138,7 @@ def _batch_text(info: StartupInfo) -> Text:
     effective = info.micro_batch_size * info.grad_accum_steps * info.world_size
     product = f"{info.micro_batch_size} x {info.grad_accum_steps} accumulated"
     if info.world_size > 1:
-        product += f" x {info.world_size} GPUs"
+        product += f" x {info.world_size} processes"
     length = f"up to {info.max_seq_length:,} tokens each" if info.max_seq_length else None
     return _joined(f"{product} = {number_of(effective, 'row')} a step", length)
 

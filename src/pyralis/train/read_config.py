@@ -32,13 +32,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`["lora_rank=8", "bf16=true"]` -> `{"lora_rank": 8, "bf16": True}`; values are YAML, the last of a key counts."""
+    """`["lora_rank=8", "bf16=true"]` -> `{"lora_rank": 8, "bf16": True}`; values are YAML, the last of a key counts.
+    `template_name=` is the empty text, as a shell means it; null is written `null`."""
     values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"override {override!r}: expected KEY=VALUE, such as learning_rate=1e-4.")
-        values[key.strip()] = _parse_yaml(text, f"override {override!r}")
+        values[key.strip()] = _parse_yaml(text, f"override {override!r}") if text.strip() else ""
     return values
 
 

@@ -51,6 +51,7 @@ from pyralis.train.report import SampleAnswer
 from pyralis.train.setup import (
     PreparedData,
     PreparedModel,
+    base_name,
     check_rows,
     prepare_data,
     prepare_model,
@@ -175,6 +176,7 @@ def _run(
             data_collator=Collator.for_tokenizer(prepared.tokenizer),
             processing_class=prepared.tokenizer,
             template=prepared.template,
+            base_name=base_name(config),
             embedding_learning_rate=config.embedding_learning_rate,
         )
     if start.checkpoint is not None:
@@ -252,7 +254,6 @@ def _save_result(trainer: PyralisTrainer, output_dir: Path) -> None:
     staging = output_dir / f"{STAGING_PREFIX}result"
     shutil.rmtree(staging, ignore_errors=True)
     trainer.save_model(str(staging))
-    (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; pyralis_config.json says it all
     names = sorted(path.name for path in staging.iterdir())
     write_json(output_dir / RUN_NAME, run_record(output_dir) | {"result": names})
     publish(staging, output_dir)

@@ -50,7 +50,7 @@ class PreparedData:
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """The model as it is trained, adapters attached."""
+    """The model as it is trained, adapters attached, and what is odd about it and its data."""
 
     model: Any
     loaded: LoadedModel
@@ -108,9 +108,6 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
     if config.train_mode != "full":
         adapter = Path(config.load_adapter) if config.load_adapter else None
         model = attach_lora(loaded.model, lora_settings(config), adapter=adapter)
-        if adapter is None and not Path(config.model_name_or_path).exists():
-            # The name as given, not the cache folder it was found in: the adapter should load on other machines.
-            model.peft_config[model.active_adapter].base_model_name_or_path = config.model_name_or_path
     else:
         stops = [] if prepared.template is None else stop_token_ids(prepared.template, prepared.tokenizer)
         settle_generation(loaded.model, stops, prepared.tokenizer.pad_token_id)
@@ -165,6 +162,13 @@ def has_learnt_positions(model: nn.Module) -> bool:
         isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name)
         for name, module in model.named_modules()
     )
+
+
+def base_name(config: TrainConfig) -> str | None:
+    """What a saved adapter calls its base model, where that is not the folder it was found in: the name as given, with
+    which the adapter loads on other machines too."""
+    named = config.train_mode != "full" and not Path(config.model_name_or_path).expanduser().exists()
+    return config.model_name_or_path if named else None
 
 
 def lora_settings(config: TrainConfig) -> LoraSettings:

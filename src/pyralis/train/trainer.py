@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pyralis.data.template import ChatTemplate, save_template
-from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json
+from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json, write_text
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
 from pyralis.train.refusals import refusals_named
 
@@ -80,6 +81,7 @@ class PyralisTrainer(Trainer):
         self,
         *args: Any,
         template: ChatTemplate | None = None,
+        base_name: str | None = None,
         embedding_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -89,7 +91,7 @@ class PyralisTrainer(Trainer):
         # Trainer writes its own `use_cache: false` into the model's config, which is saved; forward is told each time.
         if use_cache is not None:
             model.config.use_cache = use_cache
-        self.template = template
+        self.template, self.base_name = template, base_name
         self.model_accepts_loss_kwargs = True
         self.embedding_learning_rate = embedding_learning_rate
         self.token_counts = TokenCounts()
@@ -184,10 +186,19 @@ class PyralisTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The chat template goes with the weights, into checkpoints too: they can be talked to and merged."""
+        """The chat template goes with the weights, into checkpoints too: they can be talked to and merged. The pickled
+        arguments do not: pyralis_config.json says it all.
+
+        An adapter names its base model by `base_name`, set only in what was saved: PEFT, which compares vocabularies
+        with the base model when it saves, would look for such a name on the hub."""
         super()._save(output_dir, state_dict)
-        if self.template is not None:
-            save_template(self.template, Path(output_dir or str(self.args.output_dir)))
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if self.template is not None:
+                save_template(self.template, folder)
+            if self.base_name is not None:
+                name_base_model(folder, self.base_name)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write `checkpoint-N` beside, rename it, then delete what `save_total_limit` no longer keeps."""
@@ -231,6 +242,17 @@ class PyralisTrainer(Trainer):
                 states[name].append(callback.state())
             else:
                 states[name] = callback.state()
+
+
+def name_base_model(adapter: Path, name: str) -> None:
+    """Let a saved adapter's config and model card call its base model `name`."""
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    found, config["base_model_name_or_path"] = config["base_model_name_or_path"], name
+    write_json(path, config)
+    card = adapter / "README.md"
+    if card.is_file():
+        write_text(card, card.read_text(encoding="utf-8").replace(found, name))
 
 
 def _word(choice: Any) -> str:
