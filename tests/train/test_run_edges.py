@@ -60,13 +60,15 @@ def test_no_batch_can_be_filled(tiny_llama: Path, chats: Path, tmp_path: Path) -
         ({"optim": "galore_adamw"}, "galore-torch, which is not installed"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type: cosine_with_min_lr cannot be used: .*min_lr"),
         ({"torch_compile_backend": "nope"}, "transformers refuses this config: .*NOPE"),
+        ({"push_to_hub": True}, "the hub cannot be reached"),
         ({"save_strategy": "best"}, "save_strategy: best goes by the evaluation loss"),
         ({"eval_split": 0.2, "metric_for_best_model": "accuracy"}, "'accuracy' is not measured"),
     ],
 )
 def test_fields_that_cannot_be_followed(
-    values: dict, message: str, tiny_llama: Path, chats: Path, tmp_path: Path
+    values: dict, message: str, tiny_llama: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pyralis.train.check_files.hub_is_reachable", lambda: False)
     with pytest.raises(ConfigError, match=message):
         run(tiny_llama, chats, tmp_path / "out", **values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,26 @@ def test_a_checkpoint_that_is_named_must_fit(tiny_llama: Path, chats: Path, tmp_
         run(tiny_llama, chats, tmp_path / "rank", lora_rank=8, resume_from_checkpoint=checkpoint)
     on = run(tiny_llama, chats, tmp_path / "on", max_steps=2, resume_from_checkpoint=checkpoint)
     assert on.summary.steps == 2
+
+
+def test_a_damaged_checkpoint_is_named_and_can_be_done_without(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(tiny_llama, chats, output, max_steps=2, save_steps=1)
+    interrupt(output)
+    (output / "checkpoint-2" / "optimizer.pt").write_bytes(b"half")
+    with pytest.raises(ConfigError, match="checkpoint-2 cannot be resumed from: its optimizer state is damaged"):
+        run(tiny_llama, chats, output, max_steps=3, save_steps=1)
+    (output / "checkpoint-2" / "trainer_state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"trainer_state\.json is damaged"):
+        run(tiny_llama, chats, output, max_steps=3, save_steps=1)
+    shutil.rmtree(output / "checkpoint-2")
+    assert run(tiny_llama, chats, output, max_steps=3, save_steps=1).summary.steps == 3
+    (output / RUN_NAME).write_text("{")
+    assert run(tiny_llama, chats, output, max_steps=1, overwrite_output_dir=True).summary.steps == 1
+
+
+def test_an_output_dir_that_cannot_be_one(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a file; expected a folder"):
+        run(tiny_llama, chats, chats, cache_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="cannot be made"):
+        run(tiny_llama, chats, chats / "below", cache_dir=str(tmp_path))

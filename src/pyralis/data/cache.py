@@ -92,6 +92,11 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
         return False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: cannot make the dataset cache's folder ({error.strerror}). Set cache_dir to another."
+        ) from error
+    try:
         with FileLock(folder.parent / f"{folder.name}.lock"):
             return _build_locked(folder, build)
     except PermissionError as error:

@@ -103,6 +103,8 @@ def _may_train_embeddings(config: TrainConfig) -> bool:
 
 def _places(config: TrainConfig) -> Iterator[Finding]:
     output = Path(config.output_dir).resolve()
+    if output.exists() and not output.is_dir():
+        yield Finding(("output_dir",), f"output_dir: {config.output_dir} is a file; expected a folder, or a new name.")
     for name in ("model_name_or_path", "load_adapter"):
         value = getattr(config, name)
         if value and Path(value).expanduser().is_dir() and Path(value).expanduser().resolve() == output:

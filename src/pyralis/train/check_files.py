@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyralis.errors import ConfigError
+from pyralis.models.fetch import hub_is_reachable
 from pyralis.train.findings import Finding, note
 
 if TYPE_CHECKING:
@@ -15,10 +16,17 @@ if TYPE_CHECKING:
 
 
 def check_files(config: TrainConfig) -> None:
-    """What only a run needs: the files beside the config that it names. Raises ConfigError for one that is missing."""
+    """What only a run needs: the files beside the config that it names, and the hub where it is to be pushed to.
+
+    Raises ConfigError for what is missing.
+    """
     missing = [f"{name}: there is no {path}" for name, path in _files_named(config) if not Path(path).exists()]
     if missing:
         raise ConfigError(". ".join(missing) + ". Paths are relative to the folder the command is started in.")
+    if config.push_to_hub and not hub_is_reachable():
+        raise ConfigError(
+            "push_to_hub: the hub cannot be reached from here. Set it to false, and upload the result later."
+        )
 
 
 def model_rule(config: TrainConfig) -> Iterator[Finding]:

@@ -42,6 +42,16 @@ def write_text(path: Path, text: str) -> None:
     os.replace(staging, path)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): delete it, or set overwrite_output_dir: true.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is damaged (no JSON object): delete it, or set overwrite_output_dir: true.")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
@@ -83,7 +93,7 @@ class StartPoint:
         """The optimizer step of the checkpoint."""
         if self.checkpoint is None:
             return None
-        return int(json.loads((self.checkpoint / STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+        return int(_read_object(self.checkpoint / STATE_NAME)["global_step"])
 
 
 def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -96,7 +106,7 @@ def _check_same_run(output_dir: Path, effective: Mapping[str, Any]) -> None:
     saved_path = output_dir / CONFIG_NAME
     if not saved_path.is_file():
         return
-    saved = json.loads(saved_path.read_text(encoding="utf-8"))
+    saved = _read_object(saved_path)
     different = _different_keys(saved, effective)
     if different:
         lines = "\n".join(f"  {k}: was {saved.get(k)!r}, now {effective.get(k)!r}" for k in different)
@@ -164,10 +174,11 @@ def find_start_point(
         resume = {"true": True, "false": False, "": False}.get(resume.lower(), "auto")
 
     checkpoints = list_checkpoints(output_dir)
-    status = run_status(output_dir)
     if overwrite and resume is not True:
-        notes = (f"overwrite_output_dir: the earlier run in {output_dir} is replaced",) if status or checkpoints else ()
+        there = checkpoints or (output_dir / RUN_NAME).exists()
+        notes = (f"overwrite_output_dir: the earlier run in {output_dir} is replaced",) if there else ()
         return StartPoint(None, notes)
+    status = run_status(output_dir)
     if status == "finished":
         raise ConfigError(
             f"output_dir {output_dir} already holds a finished run. Choose another output_dir, or set "
@@ -198,13 +209,7 @@ def run_status(output_dir: Path) -> str | None:
 def run_record(output_dir: Path) -> dict[str, Any]:
     """What `pyralis_run.json` holds; empty where no run has begun."""
     path = output_dir / RUN_NAME
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}): delete it, or choose another output_dir.") from None
-    return record if isinstance(record, dict) else {}
+    return _read_object(path) if path.is_file() else {}
 
 
 def prepare_output_dir(output_dir: Path, start: StartPoint) -> None:
@@ -218,7 +223,7 @@ def prepare_output_dir(output_dir: Path, start: StartPoint) -> None:
     for path in output_dir.glob("checkpoint-*"):
         if _CHECKPOINT.match(path.name) and path.is_dir():
             shutil.rmtree(path)
-    for name in run_record(output_dir).get("result", ()):
+    for name in _result_names(output_dir):
         path = output_dir / name
         if path.parent != output_dir or name in ("", ".", ".."):
             continue
@@ -226,6 +231,13 @@ def prepare_output_dir(output_dir: Path, start: StartPoint) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _result_names(output_dir: Path) -> list[str]:
+    try:
+        return list(run_record(output_dir).get("result", ()))
+    except ConfigError:  # a damaged record, which is written anew
+        return []
 
 
 def publish(staging: Path, output_dir: Path) -> None:

@@ -10,10 +10,12 @@ from pyralis.errors import ConfigError, PyralisError
 
 @contextmanager
 def refusals_named(what: str = "transformers refuses this config") -> Iterator[None]:
-    """Turn the block's ValueErrors and missing libraries into a ConfigError: `what`, and the reason."""
+    """Turn the block's wrong values, missing libraries and files into a ConfigError: `what`, and the reason's
+    first line."""
     try:
         yield
     except PyralisError:
         raise
-    except (ValueError, ImportError, NotImplementedError) as error:
-        raise ConfigError(f"{what}: {str(error) or type(error).__name__}") from error
+    except (ValueError, ImportError, NotImplementedError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{what}: {reason}") from error

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pyralis.data.template import ChatTemplate, save_template
+from pyralis.errors import ConfigError
 from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json, write_text
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
 from pyralis.train.refusals import refusals_named
@@ -182,8 +183,15 @@ class PyralisTrainer(Trainer):
     # ---- checkpoints ----
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with refusals_named(f"{checkpoint} cannot be resumed from: its optimizer state is of another run"):
+        try:
             super()._load_optimizer_and_scheduler(checkpoint)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a damaged file makes torch.load raise anything
+            raise ConfigError(
+                f"{checkpoint} cannot be resumed from: its optimizer state is damaged or of another run "
+                f"({type(error).__name__}). Without that folder the run goes on from the checkpoint before it."
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The chat template goes with the weights, into checkpoints too: they can be talked to and merged. The pickled
