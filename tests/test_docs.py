@@ -117,3 +117,16 @@ def test_the_index_lists_every_page() -> None:
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index]
     assert missing == ["README.md"]
+
+
+def test_the_architecture_page_names_the_files() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:data|models|lora|train|export|serve)/\w+\.py", page))
+    source = ROOT / "src/pyralis"
+    there = {
+        str(path.relative_to(source))
+        for package in ("data", "models", "lora", "train", "export", "serve")
+        for path in (source / package).glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert named == there
