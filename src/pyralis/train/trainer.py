@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +19,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pyralis.data.template import ChatTemplate, save_template
 from pyralis.errors import ConfigError
 from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json, write_text
+from pyralis.train.embedding_rate import embedding_parameters, give_learning_rate
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
 from pyralis.train.refusals import refusals_named
+from pyralis.train.token_counts import TokenCounts
 
 COUNTS_NAME = "pyralis_counts.json"
-
-
-@dataclass
-class TokenCounts:
-    """Cumulative tokens of a run, over all processes. Kept on the device until read: reading syncs, adding does not.
-
-    `total` leaves out the padding of padded batches; packed ones have no mask, so their little padding counts.
-    """
-
-    _supervised: int = 0
-    _total: int = 0
-    _pending: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    def add(self, supervised: torch.Tensor, total: torch.Tensor) -> None:
-        self._pending.append((supervised, total))
-        if len(self._pending) >= 256:  # bound the number of live scalars
-            self._drain()
-
-    def _drain(self) -> None:
-        for supervised, total in self._pending:
-            self._supervised += int(supervised)
-            self._total += int(total)
-        self._pending.clear()
-
-    @property
-    def supervised(self) -> int:
-        self._drain()
-        return self._supervised
-
-    @property
-    def total(self) -> int:
-        self._drain()
-        return self._total
-
-    def restore(self, supervised: int, total: int) -> None:
-        self._pending.clear()
-        self._supervised, self._total = supervised, total
 
 
 class PyralisTrainer(Trainer):
@@ -266,29 +230,6 @@ def name_base_model(adapter: Path, name: str) -> None:
 def _word(choice: Any) -> str:
     """An enum's value as a config writes it."""
     return str(getattr(choice, "value", choice))
-
-
-def embedding_parameters(model: Any) -> list[nn.Parameter]:
-    """What is trained of the input embedding and the head, also inside PEFT's wrappers."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    found = {
-        id(parameter): parameter
-        for module in modules
-        if module is not None
-        for parameter in module.parameters()
-        if parameter.requires_grad
-    }
-    return list(found.values())
-
-
-def give_learning_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
-    """Move the parameters into groups of their own, otherwise like those they were in."""
-    moved = {id(parameter) for parameter in parameters}
-    for group in list(optimizer.param_groups):
-        mine = [parameter for parameter in group["params"] if id(parameter) in moved]
-        if mine:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-            optimizer.add_param_group({**group, "params": mine, "lr": rate})
 
 
 def restore_counts(trainer: PyralisTrainer, checkpoint: Path) -> None:
