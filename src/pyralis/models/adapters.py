@@ -1,0 +1,157 @@
+"""What a decoder layer's linear layers hold right now: the base layer and PEFT's active LoRA on it.
+
+PEFT may switch, disable, merge or replace adapters between any two forwards, so this is read anew each time and holds
+no copies; hooks are the caller's affair. What the fused block does not compute exactly raises ModelError, whose text is
+the reason that a report shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from pyralis.errors import ModelError
+from pyralis.models.spec import Projection
+from pyralis.ops.lora_group import MAX_RANK
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """y += scale * (dropout(x) A^T B^T + bias); A [r, K], B [N, r], bias [N]."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+    scale: float
+    dropout: float  # 0 in eval mode
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearState:
+    """One linear layer: `base` has `weight` and `bias`; `adapter` is None without one, disabled or merged."""
+
+    path: str
+    base: Any
+    adapter: Adapter | None
+
+    @property
+    def four_bit(self) -> bool:
+        return is_four_bit(self.base)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """All there are, trained or not."""
+        adapter = self.adapter
+        added = () if adapter is None else (adapter.A, adapter.B, adapter.bias)
+        return tuple(p for p in (self.base.weight, self.base.bias, *added) if p is not None)
+
+    @property
+    def key(self) -> Hashable:
+        """Changes whenever buffers laid out for this state no longer serve."""
+        adapter = self.adapter
+        return (
+            tuple((p.data_ptr(), p.dtype, p.requires_grad) for p in self.parameters),
+            None if adapter is None else (adapter.scale, adapter.dropout, adapter.bias is None),
+        )
+
+
+def is_four_bit(base: nn.Module) -> bool:
+    return type(base).__name__ == "Linear4bit" and type(base).__module__.startswith("bitsandbytes")
+
+
+def read_linear(module: Any, projection: Projection) -> LinearState:
+    """The state of the module at `projection.path`.
+
+    Raises:
+        ModelError: it is not a linear layer of that shape, plain or 4-bit, with at most one plain LoRA active.
+    """
+    base, adapter = module, None
+    if isinstance(module, LoraLinear) or _is_four_bit_lora(module):
+        base, adapter = module.base_layer, _active_adapter(module, projection)
+    if not (type(base) is nn.Linear or is_four_bit(base)):
+        raise ModelError(
+            f"{projection.path} is a {type(base).__module__}.{type(base).__name__}; the fused block takes nn.Linear, "
+            "bitsandbytes' Linear4bit and PEFT's LoRA on them"
+        )
+    if (base.bias is not None) != projection.bias:
+        raise ModelError(
+            f"{projection.path} has {'a' if base.bias is not None else 'no'} bias, its spec says otherwise"
+        )
+    _check_weight(base, projection)
+    return LinearState(projection.path, base, adapter)
+
+
+def _is_four_bit_lora(module: nn.Module) -> bool:
+    return type(module).__name__ == "Linear4bit" and type(module).__module__ == "peft.tuners.lora.bnb"
+
+
+def _check_weight(base: Any, projection: Projection) -> None:
+    weight = base.weight
+    if type(weight.data) is not Tensor and not is_four_bit(base):
+        raise ModelError(f"the weight of {projection.path} is a {type(weight.data).__name__}, a sharded or wrapped one")
+    expected = (projection.out_features, projection.in_features)
+    state = getattr(weight, "quant_state", None)
+    shape = tuple(weight.shape if state is None else state.shape)
+    if shape != expected and not (is_four_bit(base) and state is None):
+        raise ModelError(
+            f"the weight of {projection.path} has shape {list(shape)}, expected {list(expected)}"
+            + (" (DeepSpeed ZeRO-3 keeps parameters empty between uses)" if weight.numel() == 0 else "")
+        )
+
+
+def _active_adapter(module: Any, projection: Projection) -> Adapter | None:
+    path = projection.path
+    if module.disable_adapters:
+        if module.merged:
+            raise ModelError(f"the adapters of {path} are merged and disabled; PEFT unmerges them in its own forward")
+        return None
+    if module.merged:
+        return None
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise ModelError(f"{path} has several active adapters ({', '.join(names)}); the fused block takes one")
+    name = names[0]
+    if name in module.lora_variant:
+        kind = "DoRA" if name in module.lora_magnitude_vector else type(module.lora_variant[name]).__name__
+        raise ModelError(f"{path} has {kind}; the fused block takes plain LoRA")
+    if getattr(module, "fan_in_fan_out", False):
+        raise ModelError(f"{path} has fan_in_fan_out; the fused block takes weights of [out, in]")
+    A: Any = module.lora_A[name]
+    B: Any = module.lora_B[name]
+    dropout = module.lora_dropout[name]
+    if (type(A), type(B)) != (nn.Linear, nn.Linear):
+        raise ModelError(f"{path}: lora_A and lora_B are {type(A).__name__} and {type(B).__name__}, expected nn.Linear")
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        raise ModelError(f"{path}: lora_dropout is {type(dropout).__name__}, expected nn.Dropout")
+    if A.weight.shape[0] > MAX_RANK:
+        raise ModelError(f"{path}: the LoRA rank is {A.weight.shape[0]}, the fused block takes up to {MAX_RANK}")
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    if p >= 1:
+        raise ModelError(f"{path}: lora_dropout = {p}; expected a number below 1")
+    return Adapter(A.weight, B.weight, B.bias, float(module.scaling[name]), p)
+
+
+def compute_dtype(states: list[LinearState], fallback: torch.dtype) -> torch.dtype:
+    """The dtype that products are made in: of plain weights, or as the 4-bit layers say (`fallback` if they do not).
+
+    Raises ModelError where the layers differ, in dtype or in kind.
+    """
+    kinds = {state.four_bit for state in states}
+    if len(kinds) > 1:
+        raise ModelError("some linear layers of a decoder layer are 4-bit and others are not")
+    dtypes = {(s.base.compute_dtype or fallback) if s.four_bit else s.base.weight.dtype for s in states}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        raise ModelError(f"the linear layers of a decoder layer compute in different dtypes: {names}")
+    return dtypes.pop()

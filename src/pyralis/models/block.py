@@ -1,0 +1,114 @@
+"""The fused decoder layer: one autograd node for every family, LoRA and 4-bit weights included.
+
+`fused_layer` computes what stock transformers with PEFT computes for a layer that a `LayerSpec` describes. The node
+takes the trained parameters as inputs, so that autograd and DDP see them, and returns None for them: their gradients
+have been written to `p.grad` by then (`gradients.py`). So `loss.backward()` works, `torch.autograd.grad` with respect
+to these parameters does not.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyralis.models.block_backward import block_backward
+from pyralis.models.block_forward import block_forward, kept
+from pyralis.models.block_parts import Activations, Context
+from pyralis.models.gradients import FlatGradients
+from pyralis.models.policy import InputStore, SavePolicy
+from pyralis.models.weights import LayerWeights
+from pyralis.ops.attention import AttentionLayout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """The arguments of a forward that are no tensors to autograd."""
+
+    weights: LayerWeights
+    context: Context
+    layout: AttentionLayout
+    flat: FlatGradients
+    policy: SavePolicy
+    store: InputStore | None
+
+
+def fused_layer(
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layout: AttentionLayout,
+    weights: LayerWeights,
+    gradients: FlatGradients | None = None,
+    *,
+    policy: SavePolicy = "keep",
+    rng: Tensor | None = None,
+    store: InputStore | None = None,
+) -> Tensor:
+    """The layer's output, as `hidden_states` [B, S, H] in shape and dtype.
+
+    cos, sin: [B or 1, S, rotary_dim], as the model's rotary embedding gives them. layout: how the B * S tokens form
+    sequences. weights: refreshed since parameters or adapters last changed. gradients: the model's flat buffer; None
+    gives each parameter a gradient of its own. rng: [seed, draw] of LoRA's dropout, unchanged until the backward is
+    done; None switches dropout off. store: for "offload_input".
+    """
+    state = weights.state
+    flat = FlatGradients(()) if gradients is None else gradients
+    cos, sin = (table.reshape(-1, table.shape[-1]) for table in (cos, sin))
+    call = _Call(weights, Context(weights.spec, state, cos, sin, rng), layout, flat, policy, store)
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or state.parameters):
+        return _FusedLayer.apply(hidden_states, call, *state.parameters)
+    with torch.no_grad(), _no_autocast(hidden_states):
+        return _forward(hidden_states, call)[0]
+
+
+def _forward(hidden_states: Tensor, call: _Call) -> tuple[Tensor, Activations]:
+    context = call.context.with_matrices(call.weights)
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    y, activations = block_forward(context, rows, call.layout)
+    return y.view(hidden_states.shape), activations
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Dtypes are chosen here; autocast would cast again."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+class _FusedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, call: _Call, *parameters: Tensor) -> Tensor:
+        with _no_autocast(hidden_states):
+            y, activations = _forward(hidden_states, call)
+        ctx.handle = None
+        if call.policy == "offload_input" and call.store is not None:
+            ctx.handle = call.store.put(hidden_states)
+        else:
+            ctx.save_for_backward(hidden_states)
+        ctx.call, ctx.kept = call, kept(activations, call.context, call.policy)
+        ctx.shape = hidden_states.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        activations, ctx.kept = ctx.kept, None
+        if activations is None:
+            raise RuntimeError(
+                "a fused layer was asked for its gradient a second time; the first has overwritten its activations. "
+                "Call backward once for each forward, or use `acceleration: off`."
+            )
+        x = call.store.get(ctx.handle) if ctx.handle is not None and call.store is not None else ctx.saved_tensors[0]
+        H = ctx.shape[-1]
+        with _no_autocast(grad):
+            dx = block_backward(
+                call.context.with_matrices(call.weights), activations, x.reshape(-1, H), call.layout, call.flat,
+                grad.reshape(-1, H), call.policy,
+            )  # fmt: skip
+        wanted = dx.view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return wanted, None, *(None for _ in ctx.needs_input_grad[2:])

@@ -1,0 +1,104 @@
+"""The fused block's backward: the gradient of its input; all others go to their place on the way (`gradients.py`).
+
+It works in place over what the forward left, so it runs once. Shapes as in `block_forward.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyralis.models.block_forward import forward_to_product, normed_again, rotated
+from pyralis.models.block_parts import Activations, Context, linear_backward, norm_backward
+from pyralis.models.gradients import FlatGradients
+from pyralis.models.group_state import GroupState
+from pyralis.models.policy import SavePolicy
+from pyralis.ops.attention import AttentionLayout, attention_backward
+from pyralis.ops.glu import glu_backward, glu_forward, split_gate_up
+from pyralis.ops.rope import rope_backward
+
+
+def block_backward(
+    c: Context, a: Activations, x: Tensor, layout: AttentionLayout, flat: FlatGradients, dy: Tensor, policy: SavePolicy
+) -> Tensor:
+    """dx [T, H] of dy [T, H]; `a` is what `kept` left, x the layer's input."""
+    if policy in ("recompute_layer", "offload_input"):
+        a = replace(forward_to_product(c, x, layout), d=a.d, d_stats=a.d_stats)
+    else:
+        a.x = x
+    dh = _mlp_backward(c, a, flat, dy)
+    return _attention_backward(c, a, flat, dh)
+
+
+def _mlp_backward(c: Context, a: Activations, flat: FlatGradients, dy: Tensor) -> Tensor:
+    """The gradient of the residual stream before the MLP, [T, H]."""
+    spec, state = c.spec, c.state
+    assert a.gate_up is not None
+    gate, up = split_gate_up(a.gate_up)
+    branch = dy if spec.residual_multiplier == 1 else dy * spec.residual_multiplier
+    if spec.post_mlp_norm is not None:
+        assert a.d is not None
+        branch = norm_backward(spec.post_mlp_norm, state, flat, branch, a.d, a.d_stats)
+    if a.product is None and _reads_with_dropout(c, state.down):
+        a.product = glu_forward(gate, up, spec.activation)
+    down = linear_backward(state.down, flat, branch.to(state.dtype), c.matrices[3], a.xa4, c.rng, a.product)
+    again = a.product is None and state.down.trained.reads_input
+    grads = glu_backward(
+        down.dx, gate, up, spec.activation, dgate=gate, dup=up, h_out=down.dx if again else None, need_h=again
+    )  # a.gate_up holds its gradient from here on
+    down.finish(grads.h if again else a.product)
+    del down
+    if a.y2 is None and state.gate_up.trained.reads_input:
+        a.y2 = normed_again(spec.pre_mlp_norm, c, a.h)
+    dy2 = linear_backward(state.gate_up, flat, a.gate_up, c.matrices[2], a.xa3, c.rng, a.y2).finish(a.y2)
+    a.gate_up = a.y2 = a.product = None
+    assert a.h is not None
+    return norm_backward(spec.pre_mlp_norm, state, flat, dy2, a.h, a.stats2, residual_grad=dy)
+
+
+def _attention_backward(c: Context, a: Activations, flat: FlatGradients, dh: Tensor) -> Tensor:
+    """The gradient of the layer's input, [T, H], in dh's memory."""
+    spec, state = c.spec, c.state
+    branch = dh if spec.residual_multiplier == 1 else dh * spec.residual_multiplier
+    if spec.post_attention_norm is not None:
+        assert a.o is not None
+        branch = norm_backward(spec.post_attention_norm, state, flat, branch, a.o, a.o_stats)
+    group = state.attention_out
+    dheads = linear_backward(group, flat, branch.to(state.dtype), c.matrices[1], a.xa2, c.rng, a.heads).finish(a.heads)
+    assert a.x is not None
+    dqkv = _qkv_backward(c, a, flat, dheads)
+    if a.y1 is None and state.qkv.trained.reads_input:
+        a.y1 = normed_again(spec.input_norm, c, a.x)
+    dy1 = linear_backward(state.qkv, flat, dqkv, c.matrices[0], a.xa1, c.rng, a.y1).finish(a.y1)
+    return norm_backward(spec.input_norm, state, flat, dy1, a.x, a.stats1, residual_grad=dh, out=dh)
+
+
+def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dheads: Tensor) -> Tensor:
+    """The gradient of the q, k and v projections' output, [T, N]."""
+    spec, norm = c.spec, c.qk_norm()
+    assert a.qkv is not None
+    assert a.attention is not None
+    attention = a.attention
+    if not len(attention.q):  # the policy dropped them
+        q, k, _ = rotated(c, a)
+        attention = replace(attention, q=q, k=k)
+    dqkv = torch.empty_like(a.qkv)
+    dq, dk, dv = dqkv.split(spec.qkv_features, 1)
+    attention_backward(dheads, attention, out=(dq, dk, dv))
+    weights = () if norm is None else (norm.q_weight, norm.k_weight)
+    grads = [torch.empty_like(w) if w.requires_grad else None for w in weights] or [None, None]
+    shape = (-1, spec.attention.head_dim)
+    rope_backward(
+        dq.unflatten(1, shape), dk.unflatten(1, shape), c.cos, c.sin, norm=norm, saved=a.qk_saved,
+        dq_weight=grads[0], dk_weight=grads[1],
+    )  # fmt: skip
+    for part, grad in zip((spec.q_norm, spec.k_norm), grads):
+        if part is not None and grad is not None:
+            flat.write(c.state.norms[part.path][0], grad)
+    return dqkv
+
+
+def _reads_with_dropout(c: Context, group: GroupState) -> bool:
+    return c.rng is not None and group.group.has_dropout and group.trained.reads_input

@@ -1,0 +1,119 @@
+"""The fused block's forward, and what of it a policy keeps or computes anew. The equations are in `spec.py`.
+
+Shapes: T tokens, H hidden size, K and N a group's input and output features, P its LoRA columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyralis.models.block_parts import Activations, Context, linear, norm_forward, project, wide_rows
+from pyralis.models.group_state import GroupState
+from pyralis.models.policy import SavePolicy
+from pyralis.models.spec import NormSpec
+from pyralis.ops.attention import AttentionLayout, attention_forward
+from pyralis.ops.glu import glu_forward, split_gate_up
+from pyralis.ops.rope import rope_forward
+
+
+def block_forward(c: Context, x: Tensor, layout: AttentionLayout) -> tuple[Tensor, Activations]:
+    """y [T, H] of x [T, H], and everything that was computed on the way."""
+    a = forward_to_product(c, x, layout)
+    spec, down, matrix = c.spec, c.state.down, c.matrices[3]
+    assert a.h is not None
+    assert a.product is not None
+    plain = spec.post_mlp_norm is None and spec.residual_multiplier == 1
+    if plain and a.h.dtype == matrix.dtype:
+        return linear(down, a.product, matrix, residual=a.h), a
+    branch = linear(down, a.product, matrix)
+    if spec.post_mlp_norm is not None:
+        a.d, branch = branch, torch.empty_like(branch)
+        _, a.d_stats = norm_forward(spec.post_mlp_norm, c.state, a.d, branch)
+    return torch.add(a.h, branch, alpha=spec.residual_multiplier), a
+
+
+def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activations:
+    """All of a layer before the down projection."""
+    spec, state, T = c.spec, c.state, len(x)
+    a = Activations(x=x)
+    a.y1 = wide_rows(state.qkv, T, state.dtype, x.device)
+    _, a.stats1 = norm_forward(spec.input_norm, state, x, a.y1)
+    a.xa1 = project(state.qkv, a.y1, c.rng)
+    a.qkv = linear(state.qkv, a.y1, c.matrices[0])
+    q, k, v = rotated(c, a)
+    group = state.attention_out
+    out = None if not group.group.pad else wide_rows(group, T, state.dtype, x.device)
+    place = None if out is None else out[:, : group.group.in_features]
+    result, a.attention = attention_forward(q, k, v, spec.attention, layout, out=place)
+    a.heads = result if out is None else out
+    a.xa2 = project(group, a.heads, c.rng)
+    branch = linear(group, a.heads, c.matrices[1])
+    if spec.post_attention_norm is not None:
+        a.o, branch = branch, torch.empty_like(branch)
+        _, a.o_stats = norm_forward(spec.post_attention_norm, state, a.o, branch)
+    if spec.residual_multiplier != 1:
+        branch.mul_(spec.residual_multiplier)
+    a.y2 = wide_rows(state.gate_up, T, state.dtype, x.device)
+    a.h, a.stats2 = norm_forward(spec.pre_mlp_norm, state, branch, a.y2, residual=x)
+    a.xa3 = project(state.gate_up, a.y2, c.rng)
+    a.gate_up = linear(state.gate_up, a.y2, c.matrices[2])
+    a.product = wide_rows(state.down, T, state.dtype, x.device)
+    glu_forward(*split_gate_up(a.gate_up), spec.activation, out=a.product)
+    a.xa4 = project(state.down, a.product, c.rng)
+    return a
+
+
+def rotated(c: Context, a: Activations) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v for attention, [T, heads * head_dim]: in place in a.qkv, or beside it where norms read it again."""
+    assert a.qkv is not None
+    attention, widths, norm = c.spec.attention, c.spec.qkv_features, c.qk_norm()
+    q, k, v = a.qkv.split(widths, 1)
+    new_q, new_k = q, k
+    if norm is not None:
+        new_q, new_k = torch.empty((len(q), widths[0] + widths[1]), dtype=q.dtype, device=q.device).split(widths[:2], 1)
+    shape = (-1, attention.head_dim)
+    _, _, a.qk_saved = rope_forward(
+        q.unflatten(1, shape), k.unflatten(1, shape), c.cos, c.sin, norm=norm,
+        q_out=new_q.unflatten(1, shape), k_out=new_k.unflatten(1, shape),
+    )  # fmt: skip
+    return new_q, new_k, v
+
+
+def kept(a: Activations, c: Context, policy: SavePolicy) -> Activations:
+    """What the policy lets the backward have. The input is not among it: autograd or a store keeps that."""
+    state = c.state
+    if policy in ("recompute_layer", "offload_input"):
+        return Activations(d=a.d, d_stats=a.d_stats)
+    keep = policy == "keep"
+    y1, xa1 = _input(state.qkv, a.y1, a.xa1, keep)
+    y2, xa3 = _input(state.gate_up, a.y2, a.xa3, keep)
+    product, xa4 = _input(state.down, a.product, a.xa4, keep)
+    attention = a.attention
+    assert attention is not None
+    if a.qk_saved is not None and not keep:
+        nothing = attention.q[:0]
+        attention = replace(attention, q=nothing.clone(), k=nothing.clone())
+    return replace(
+        a, x=None, y1=y1, xa1=xa1, y2=y2, xa3=xa3, product=product, xa4=xa4, attention=attention
+    )  # fmt: skip
+
+
+def _input(
+    group: GroupState, x_wide: Tensor | None, xa: Tensor | None, keep: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(the input, its LoRA columns) if the backward is to have them; the columns alone in memory of their own."""
+    keep = keep and group.trained.reads_input
+    if xa is None or not any(b is not None for b in group.trained.B):
+        return x_wide if keep else None, None
+    return (x_wide, xa) if keep else (None, xa.contiguous())
+
+
+def normed_again(spec: NormSpec, c: Context, x: Tensor | None) -> Tensor:
+    """A norm's output [T, H] computed anew, without room for LoRA."""
+    assert x is not None
+    out = torch.empty(x.shape, dtype=c.state.dtype, device=x.device)
+    norm_forward(spec, c.state, x, out)
+    return out

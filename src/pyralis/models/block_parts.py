@@ -1,0 +1,197 @@
+"""Norms and linear groups as the fused block's forward and backward call them, and what is saved between the two.
+
+Shapes: T tokens, H hidden size, K and N a group's input and output features, P its LoRA columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pyralis.models.gradients import FlatGradients, GroupGradients
+from pyralis.models.group_state import GroupState
+from pyralis.models.spec import LayerSpec, NormSpec
+from pyralis.models.weights import LayerState, LayerWeights
+from pyralis.ops.attention_parts import Saved as SavedAttention
+from pyralis.ops.gemm import gemm
+from pyralis.ops.layer_norm import layer_norm_backward, layer_norm_forward
+from pyralis.ops.lora import lora_backward, lora_forward, lora_project
+from pyralis.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from pyralis.ops.rope import QKNorm, QKNormSaved
+
+Stats = tuple[Tensor, ...]  # of each row: (rstd,) of an RMS norm, (mean, rstd) of a layer norm
+
+
+@dataclass(slots=True, eq=False)
+class Activations:
+    """What one forward leaves behind, [T, ...] each. None: not there, or dropped by the policy."""
+
+    x: Tensor | None = None  # the layer's input
+    stats1: Stats = ()
+    y1: Tensor | None = None  # input_norm's output with LoRA's columns, [T, K + P]
+    xa1: Tensor | None = None  # those columns alone
+    qkv: Tensor | None = None  # before q/k norms and RoPE with such norms; else rotated
+    qk_saved: QKNormSaved | None = None
+    attention: SavedAttention | None = None
+    heads: Tensor | None = None  # attention's output with LoRA's columns
+    xa2: Tensor | None = None
+    o: Tensor | None = None  # attention_out's output, where a norm reads it
+    o_stats: Stats = ()
+    h: Tensor | None = None  # the residual stream between attention and MLP
+    stats2: Stats = ()
+    y2: Tensor | None = None
+    xa3: Tensor | None = None
+    gate_up: Tensor | None = None
+    product: Tensor | None = None  # act(gate) * up with LoRA's columns
+    xa4: Tensor | None = None
+    d: Tensor | None = None  # down's output, where a norm reads it
+    d_stats: Stats = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """What does not change between a forward and its backward."""
+
+    spec: LayerSpec
+    state: LayerState
+    cos: Tensor
+    sin: Tensor
+    rng: Tensor | None
+    matrices: tuple[Tensor, ...] = field(default=())
+
+    def with_matrices(self, weights: LayerWeights) -> Context:
+        """Ready to compute, until another layer asks for its matrices."""
+        return replace(self, matrices=weights.matrices(self.state))
+
+    def qk_norm(self) -> QKNorm | None:
+        q, k = self.spec.q_norm, self.spec.k_norm
+        if q is None or k is None:
+            return None
+        return QKNorm(self.state.norms[q.path][0], self.state.norms[k.path][0], q.eps, q.unit_offset)
+
+
+def wide_rows(group: GroupState, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[T, K + P] for a group's input."""
+    return torch.empty((tokens, group.group.width), dtype=dtype, device=device)
+
+
+def norm_forward(
+    spec: NormSpec, state: LayerState, x: Tensor, out: Tensor, *, residual: Tensor | None = None
+) -> tuple[Tensor, Stats]:
+    """Writes norm(x + residual) into `out`; returns (x + residual, statistics). The sum may take x's memory."""
+    weight, bias = state.norms[spec.path]
+    h_out = x if residual is not None and residual.dtype == x.dtype else None
+    if spec.kind == "layer":
+        made = layer_norm_forward(x, weight, bias, spec.eps, residual=residual, out=out, h_out=h_out)
+        return made.h, (made.mean, made.rstd)
+    rms = rms_norm_forward(
+        x, weight, spec.eps, residual=residual, unit_offset=spec.unit_offset, out=out, h_out=h_out
+    )  # fmt: skip
+    return rms.h, (rms.rstd,)
+
+
+def norm_backward(
+    spec: NormSpec,
+    state: LayerState,
+    flat: FlatGradients,
+    dy: Tensor,
+    h: Tensor,
+    stats: Stats,
+    *,
+    residual_grad: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dh [T, H] in h's dtype, with residual_grad added; the norm's own gradients are written where it is trained."""
+    weight, bias = state.norms[spec.path]
+    dweight = torch.empty_like(weight) if weight.requires_grad else None
+    if spec.kind == "layer":
+        dbias = torch.empty_like(bias) if bias is not None and bias.requires_grad else None
+        mean, rstd = stats
+        dh = layer_norm_backward(
+            dy, h, weight, mean, rstd, residual_grad=residual_grad, out=out, dweight=dweight, dbias=dbias
+        )  # fmt: skip
+        if bias is not None and dbias is not None:
+            flat.write(bias, dbias)
+    else:
+        dh = rms_norm_backward(
+            dy, h, weight, stats[0], unit_offset=spec.unit_offset, residual_grad=residual_grad, out=out, dweight=dweight
+        )  # fmt: skip
+    if dweight is not None:
+        flat.write(weight, dweight)
+    return dh
+
+
+def project(group: GroupState, x_wide: Tensor, rng: Tensor | None) -> Tensor | None:
+    """Fill the LoRA columns of x_wide; returns those that the backward reads, [T, R]."""
+    if group.A is None:
+        return None
+    return lora_project(group.group, x_wide, group.A, rng=rng, stream=group.stream)[:, : group.group.rank]
+
+
+def linear(group: GroupState, x_wide: Tensor, matrix: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    """y [T, N] with bias, LoRA and residual."""
+    return lora_forward(group.group, x_wide, matrix, B=group.B, bias=group.bias, residual=residual)
+
+
+@dataclass(slots=True, eq=False)
+class LinearBackward:
+    """The backward of a linear group in two parts, for an input that is known again only after dx."""
+
+    group: GroupState
+    gradients: GroupGradients
+    dy: Tensor
+    dx_wide: Tensor
+    A_deferred: Tensor | None = None
+
+    @property
+    def dx(self) -> Tensor:
+        return self.dx_wide[:, : self.group.group.in_features]
+
+    def finish(self, x: Tensor | None) -> Tensor:
+        """Gradients that need x [T, K or K + P]; returns dx. What overwrites dx has to come before."""
+        group = self.group.group
+        if self.A_deferred is not None:
+            assert x is not None
+            g = self.dx_wide[:, group.in_features :]
+            for run in group.runs:
+                part = self.A_deferred[run.columns]
+                gemm(
+                    part, g[:, run.columns].t(), x[:, : group.in_features], run.like.scale,
+                    self.gradients.lora.accumulate,
+                )  # fmt: skip
+        if any(weight is not None for weight in self.group.trained.weights):
+            assert x is not None
+            self.gradients.weights(self.dy, x[:, : group.in_features])
+        self.gradients.finish()
+        return self.dx
+
+
+def linear_backward(
+    group: GroupState,
+    flat: FlatGradients,
+    dy: Tensor,
+    matrix: Tensor,
+    xa: Tensor | None,
+    rng: Tensor | None,
+    x: Tensor | None = None,
+) -> LinearBackward:
+    """dx, and gradients of B and biases; `finish(x)` does the rest.
+
+    x [T, K or K + P]: only for dropout, whose one pass over x yields dA and dx.
+    """
+    g = group.group
+    gradients = GroupGradients(flat, g, group.trained, dy)
+    dx_wide = torch.empty((len(dy), g.width), dtype=matrix.dtype, device=dy.device)
+    A = dx_wide[:0, : g.in_features] if group.A is None else group.A
+    dropout = rng is not None and g.has_dropout
+    lora, deferred = gradients.lora, None
+    if not dropout:
+        lora, deferred = replace(gradients.lora, A=None), gradients.lora.A
+    x = dx_wide if x is None else x  # not read without dropout
+    lora_backward(
+        g, dy, matrix, x[:, : g.in_features], dy[:, :0] if xa is None else xa, A, lora,
+        B=group.B, dx_wide=dx_wide, rng=rng if dropout else None, stream=group.stream,
+    )  # fmt: skip
+    return LinearBackward(group, gradients, dy, dx_wide, deferred)

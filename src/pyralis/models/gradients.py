@@ -1,0 +1,152 @@
+"""Where a hand-written backward writes gradients: into `p.grad`, a view of one flat buffer.
+
+`zero_grad` sets `p.grad` to None before each step: then the gradient overwrites its place in the buffer and the view is
+bound again. Whatever `p.grad` holds otherwise (the view, DDP's bucket, a tensor of the user's) is added to. A node that
+returns None for its parameters has them ready by the time autograd's hooks on them run, which is when DDP reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyralis.ops.gemm import gemm
+from pyralis.ops.lora import LoraGradients
+from pyralis.ops.lora_group import LoraGroup
+
+BLOCK = 256  # elements; parameters start at multiples of it, as the flat optimizer has them
+
+
+class FlatGradients:
+    """Views of flat buffers, one buffer per dtype and device, for parameters in a given order.
+
+    views: those of another's buffer (a flat optimizer's), which then needs no copies; by default new ones.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], views: Sequence[Tensor] | None = None) -> None:
+        self.parameters = tuple(parameters)
+        self._views = dict(zip(map(id, self.parameters), _new_views(self.parameters) if views is None else views))
+
+    def target(self, parameter: nn.Parameter) -> tuple[Tensor, bool]:
+        """(the tensor that is `parameter.grad` from now on, whether to add to it)."""
+        if parameter.grad is not None:
+            return parameter.grad, True
+        view = self._views.get(id(parameter))
+        parameter.grad = torch.empty_like(parameter) if view is None or view.dtype != parameter.dtype else view
+        return parameter.grad, False
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        grad, add = self.target(parameter)
+        if add:
+            grad.add_(value)
+        else:
+            grad.copy_(value)
+
+
+def _new_views(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    ends: dict[tuple[torch.dtype, torch.device], int] = {}
+    starts = []
+    for p in parameters:
+        kind = p.dtype, p.device
+        starts.append(ends.get(kind, 0))
+        ends[kind] = starts[-1] + -(-p.numel() // BLOCK) * BLOCK
+    buffers = {(dtype, device): torch.zeros(n, dtype=dtype, device=device) for (dtype, device), n in ends.items()}
+    return [buffers[p.dtype, p.device][start : start + p.numel()].view(p.shape) for p, start in zip(parameters, starts)]
+
+
+def stacked_view(parts: Sequence[Tensor]) -> Tensor | None:
+    """One matrix over matrices [N_j, K] that lie under one another in memory; None if they do not."""
+    first = parts[0]
+    stride = first.stride(0) if first.shape[0] > 1 else first.shape[1]
+    end = first.data_ptr()
+    for part in parts:
+        alike = part.shape[1] == first.shape[1] and part.stride(1) == 1 and part.dtype == first.dtype
+        same_rows = part.shape[0] == 1 or part.stride(0) == stride
+        if not (alike and same_rows and part.data_ptr() == end):
+            return None
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += part.shape[0] * stride * part.element_size()
+    rows = sum(part.shape[0] for part in parts)
+    return first.detach().as_strided((rows, first.shape[1]), (stride, 1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainedGroup:
+    """What is trained of linear layers that share their input; None where a parameter is absent or frozen."""
+
+    weights: tuple[nn.Parameter | None, ...]
+    biases: tuple[nn.Parameter | None, ...]
+    A: tuple[nn.Parameter | None, ...]
+    B: tuple[nn.Parameter | None, ...]
+    lora_biases: tuple[nn.Parameter | None, ...]
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """In the order in which their gradients stack: each kind together."""
+        kinds = (self.weights, self.biases, self.A, self.B, self.lora_biases)
+        return tuple(p for kind in kinds for p in kind if p is not None)
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether the backward needs the layers' input."""
+        return any(p is not None for p in (*self.weights, *self.A))
+
+
+class GroupGradients:
+    """The buffers of one backward through a group: `lora` for `lora_backward`, then `finish`."""
+
+    def __init__(self, flat: FlatGradients, group: LoraGroup, trained: TrainedGroup, like: Tensor) -> None:
+        self._flat, self._group, self._trained = flat, group, trained
+        wanted = [p for p in (*trained.A, *trained.B) if p is not None]
+        held = [p.grad is not None for p in wanted]
+        add = any(held)
+        targets = {id(p): flat.target(p)[0] for p in wanted}
+        if add and not all(held):  # one flag serves all: what is new starts from zero
+            for p, old in zip(wanted, held):
+                if not old:
+                    targets[id(p)].zero_()
+        dtype = wanted[0].dtype if wanted else torch.promote_types(like.dtype, torch.float32)
+        adapters = [trained.A[j] for j in group.adapted]
+        self._A: list[tuple[Tensor, slice]] = []
+        A = (
+            stacked_view([targets[id(p)] for p in adapters if p is not None])
+            if None not in adapters and adapters
+            else None
+        )
+        if A is None and any(p is not None for p in adapters):
+            A = torch.zeros((group.rank, group.in_features), dtype=dtype, device=like.device)
+            self._A = [(targets[id(p)], group.columns[j]) for j, p in zip(group.adapted, adapters) if p is not None]
+        self._add = add
+        self._bias = None
+        if any(p is not None for p in (*trained.biases, *trained.lora_biases)):
+            self._bias = torch.zeros(group.out_features, dtype=dtype, device=like.device)
+        B = [None if p is None else targets[id(p)] for p in trained.B]
+        self.lora = LoraGradients(A, B, self._bias, accumulate=add)
+
+    def weights(self, dy: Tensor, x: Tensor) -> None:
+        """dW = dy^T x of trained base weights; dy [T, N], x [T, K]."""
+        for rows, weight in zip(self._group.rows, self._trained.weights):
+            if weight is not None:
+                grad, add = self._flat.target(weight)
+                gemm(grad, dy[:, rows].t(), x, 1.0, add)
+
+    def finish(self) -> None:
+        """Hand on what did not go straight to its place. Call once `lora` is filled."""
+        for target, rows in self._A:
+            assert self.lora.A is not None
+            if self._add:
+                target.add_(self.lora.A[rows])
+            else:
+                target.copy_(self.lora.A[rows])
+        if self._bias is not None:
+            for rows, projection, bias, lora_bias in zip(
+                self._group.rows, self._group.projections, self._trained.biases, self._trained.lora_biases
+            ):
+                if bias is not None:
+                    self._flat.write(bias, self._bias[rows])
+                if lora_bias is not None:
+                    self._flat.write(lora_bias, self._bias[rows] * projection.scale)

@@ -1,0 +1,119 @@
+"""Linear layers that share their input, under one state of their adapters: shapes, compute copies, what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyralis.models.adapters import LinearState
+from pyralis.models.gradients import TrainedGroup
+from pyralis.models.spec import Projection
+from pyralis.ops._triton import gpu_of
+from pyralis.ops.lora_group import LoraGroup, LoraProjection, combine_bias, concatenates
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutOptions:
+    """How weights are laid out.
+
+    Attributes:
+        concatenate: B beside W; None lets the GPU and `tokens`, of a usual micro-batch, decide (`concatenates`).
+        resident: keep dequantised 4-bit weights instead of dequantising them for each use.
+    """
+
+    concatenate: bool | None = None
+    resident: bool = False
+    tokens: int = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupState:
+    """Linear layers that share their input, and what belongs to the adapters that are active on them."""
+
+    group: LoraGroup
+    linears: tuple[LinearState, ...]
+    wide: bool  # B lies beside W
+    A: Tensor | None  # [P, K] in the compute dtype
+    B: tuple[Tensor | None, ...] | None  # in the compute dtype, where they do not lie beside W
+    bias: Tensor | None  # [N]
+    stream: int  # of the first adapter's dropout
+    trained: TrainedGroup
+
+    @property
+    def columns(self) -> int:
+        """K + P, or K."""
+        return self.group.width if self.wide else self.group.in_features
+
+    @property
+    def adapter_B(self) -> tuple[Tensor | None, ...]:
+        return tuple(None if linear.adapter is None else linear.adapter.B for linear in self.linears)
+
+
+def build_group(
+    parts: Sequence[Projection], linears: Sequence[LinearState], dtype: torch.dtype, stream: int, options: LayoutOptions
+) -> GroupState:
+    """The state of linear layers `parts`, which are now as `linears` say; copies of adapters are not filled yet."""
+    adapters = [linear.adapter for linear in linears]
+    group = LoraGroup(
+        parts[0].in_features,
+        tuple(
+            LoraProjection(p.out_features) if a is None else LoraProjection(p.out_features, a.rank, a.scale, a.dropout)
+            for p, a in zip(parts, adapters)
+        ),
+    )
+    device = linears[0].base.weight.device
+    weights = [linear.base.weight for linear in linears]
+    trains_base = any(w.requires_grad for w in weights)
+    chosen = options.concatenate
+    if chosen is None:
+        chosen = concatenates(group, options.tokens, gpu_of(device), dtype.itemsize)
+    wide = chosen and group.rank > 0 and not trains_base
+    copies = None if wide or not group.rank else tuple(
+        None if a is None else torch.empty(a.B.shape, dtype=dtype, device=device) for a in adapters
+    )  # fmt: skip
+    A = torch.zeros((group.pad, group.in_features), dtype=dtype, device=device) if group.rank else None
+    biased = any(linear.base.bias is not None for linear in linears) or any(a and a.bias is not None for a in adapters)
+    bias = torch.zeros(group.out_features, dtype=dtype, device=device) if biased else None
+    trained = TrainedGroup(
+        weights=tuple(_trained(w) for w in weights),
+        biases=tuple(_trained(linear.base.bias) for linear in linears),
+        A=tuple(_trained(None if a is None else a.A) for a in adapters),
+        B=tuple(_trained(None if a is None else a.B) for a in adapters),
+        lora_biases=tuple(_trained(None if a is None else a.bias) for a in adapters),
+    )
+    return GroupState(group, tuple(linears), wide, A, copies, bias, stream, trained)
+
+
+def _trained(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    return parameter if parameter is not None and parameter.requires_grad else None
+
+
+def collect_group(state: GroupState, targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Append what has to be copied for a group to be up to date."""
+    group = state.group
+    for j in group.adapted:
+        adapter = state.linears[j].adapter
+        assert adapter is not None
+        assert state.A is not None
+        targets.append(state.A[group.columns[j]])
+        sources.append(adapter.A.detach())
+        if state.B is not None and (copy := state.B[j]) is not None:
+            targets.append(copy)
+            sources.append(adapter.B.detach())
+    if state.bias is None:
+        return
+    added = [None if linear.adapter is None else linear.adapter.bias for linear in state.linears]
+    plain = [linear.base.bias for linear in state.linears]
+    if any(bias is not None for bias in added):
+        total = combine_bias(group, plain, added, state.bias.dtype)
+        assert total is not None
+        targets.append(state.bias)
+        sources.append(total)
+        return
+    for rows, bias in zip(group.rows, plain):
+        if bias is not None:
+            targets.append(state.bias[rows])
+            sources.append(bias.detach())

@@ -1,0 +1,95 @@
+"""The fused layers of one model: their weights, the flat buffer of their gradients, and dropout's counter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyralis.errors import ModelError
+from pyralis.models.arena import Workspace
+from pyralis.models.gradients import FlatGradients
+from pyralis.models.group_state import LayoutOptions
+from pyralis.models.spec import LayerSpec
+from pyralis.models.weights import LayerWeights
+from pyralis.ops.dropout_mask import advance, new_rng
+
+
+class ModelWeights:
+    """The fused layers of one model: their workspace, the flat buffer of their gradients, and dropout's counter."""
+
+    def __init__(
+        self, layers: Sequence[tuple[nn.Module, LayerSpec]], *, options: LayoutOptions | None = None, seed: int = 0
+    ) -> None:
+        self.workspace = Workspace()
+        self.layers = [
+            LayerWeights(layer, spec, index=index, workspace=self.workspace, options=options)
+            for index, (layer, spec) in enumerate(layers)
+        ]
+        self.seed = seed
+        self._forget()
+
+    def _forget(self) -> None:
+        self._gradients: FlatGradients | None = None
+        self._given = False
+        self._counter: Tensor | None = None
+        self.rng: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("workspace", "layers", "seed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What is trained in the layers that are served, in the order in which flat buffers should have it."""
+        return tuple(p for layer in self.layers if layer.served for p in layer.parameters)
+
+    @property
+    def gradients(self) -> FlatGradients:
+        if self._gradients is None:
+            self._gradients = FlatGradients(self.parameters)
+        return self._gradients
+
+    def use_gradients(self, gradients: FlatGradients) -> None:
+        """Write into another's flat buffer from now on, such as a flat optimizer's."""
+        self._gradients, self._given = gradients, True
+
+    def refresh(self) -> list[str | None]:
+        """At the start of each forward of the model: for each layer None, or why the fused block does not serve it now.
+
+        Draws new dropout masks; a backward keeps those of its forward.
+        """
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        reasons: list[str | None] = []
+        for layer in self.layers:
+            try:
+                layer.collect(targets, sources)
+            except ModelError as error:
+                reasons.append(str(error))
+            else:
+                reasons.append(None)
+        with torch.no_grad():
+            if targets:
+                torch._foreach_copy_(targets, sources)
+            self._draw()
+        if self._gradients is not None and not self._given:
+            known = set(map(id, self._gradients.parameters))
+            if not all(id(p) in known for p in self.parameters):
+                self._gradients = None
+        return reasons
+
+    def _draw(self) -> None:
+        if not any(layer.served and layer.state.has_dropout for layer in self.layers):
+            self.rng = None
+            return
+        if self._counter is None:
+            device = next(layer.state.device for layer in self.layers if layer.served)
+            self._counter = new_rng(self.seed, device)
+        self.rng = self._counter.clone()
+        advance(self._counter)

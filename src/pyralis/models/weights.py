@@ -1,0 +1,173 @@
+"""One decoder layer's weights as the fused block reads them, kept in step with the modules they belong to.
+
+`refresh` is called at the start of each forward of the model, when adapters may have been switched, disabled, moved or
+changed by an optimizer: it reads the modules again (`adapters.py`), rebuilds what no longer fits and copies the float32
+adapters into their compute copies. Every layout that a state of the modules asks for is a `LayerState`; a backward goes
+on with the state that its forward had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyralis.errors import ModelError
+from pyralis.models.adapters import LinearState, compute_dtype, read_linear
+from pyralis.models.arena import Base, DenseBase, FourBitBase, Workspace
+from pyralis.models.group_state import GroupState, LayoutOptions, build_group, collect_group
+from pyralis.models.spec import LayerSpec, NormSpec
+
+STREAMS = 16  # of dropout masks a layer, at least one for each adapter
+KEPT_STATES = 4  # training, evaluation, adapters disabled, a second adapter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerState:
+    """A layer's weights under one state of its adapters."""
+
+    qkv: GroupState
+    attention_out: GroupState
+    gate_up: GroupState
+    down: GroupState
+    plan: Any  # of the base
+    norms: dict[str, tuple[nn.Parameter, nn.Parameter | None]]  # by path: weight, bias
+    parameters: tuple[nn.Parameter, ...]  # all that are trained
+    dtype: torch.dtype  # of products
+
+    @property
+    def device(self) -> torch.device:
+        return self.qkv.linears[0].base.weight.device  # type: ignore[no-any-return]
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(group.group.has_dropout for group in self.groups)
+
+    @property
+    def groups(self) -> tuple[GroupState, GroupState, GroupState, GroupState]:
+        return self.qkv, self.attention_out, self.gate_up, self.down
+
+
+class LayerWeights:
+    """The weights of `layer`, which `spec` describes.
+
+    index: which layer of its model, so that dropout differs between layers. workspace: shared by a model's layers.
+    A copy or a pickle of it holds no buffers and builds its own when it is first used.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        spec: LayerSpec,
+        *,
+        index: int = 0,
+        workspace: Workspace | None = None,
+        options: LayoutOptions | None = None,
+    ) -> None:
+        self.layer, self.spec, self.index = layer, spec, index
+        self.workspace = Workspace() if workspace is None else workspace
+        self.options = LayoutOptions() if options is None else options
+        self._forget()
+
+    def _forget(self) -> None:
+        self._base: Base | None = None
+        self._states: dict[Hashable, LayerState] = {}
+        self._state: LayerState | None = None
+        self._homes: dict[str, tuple[nn.Module, str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("layer", "spec", "index", "workspace", "options")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def served(self) -> bool:
+        """Whether the last `refresh` found a layer that the fused block computes."""
+        return self._state is not None
+
+    @property
+    def state(self) -> LayerState:
+        """As of the last `refresh`."""
+        if self._state is None:
+            self.refresh()
+        assert self._state is not None
+        return self._state
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What is trained, in the order in which flat buffers should have it."""
+        return self.state.parameters
+
+    def matrices(self, state: LayerState) -> tuple[Tensor, ...]:
+        """Four matrices [N, K + P or K], valid until another layer asks for its own."""
+        assert self._base is not None
+        return self._base.matrices(state.groups, state.plan)
+
+    def refresh(self) -> None:
+        """Read the modules and bring all copies up to date. Raises ModelError where the block does not serve them."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        self.collect(targets, sources)
+        if targets:
+            with torch.no_grad():
+                torch._foreach_copy_(targets, sources)
+
+    @torch.no_grad()
+    def collect(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        """`refresh`, but what is left to copy is appended to the lists: one launch serves the layers of a model."""
+        self._state = None
+        linears = [read_linear(self._module(p.path), p) for p in self.spec.projections]
+        norms = {norm.path: self._norm(norm) for norm in self.spec.norms}
+        key = self._key(linears, norms)
+        state = self._states.pop(key, None)
+        if state is None:
+            state = self._build(linears, norms)
+            key = self._key(linears, norms)  # building moves plain weights
+        self._states[key] = self._state = state  # the last one used is the last one dropped
+        while len(self._states) > KEPT_STATES:
+            del self._states[next(iter(self._states))]
+        assert self._base is not None
+        self._base.adapters_changed()
+        for group in state.groups:
+            collect_group(group, targets, sources)
+
+    def _module(self, path: str) -> Any:
+        home = self._homes.get(path)
+        if home is None:
+            parent, _, name = path.rpartition(".")
+            home = self._homes[path] = self.layer.get_submodule(parent), name
+        return home[0]._modules[home[1]]
+
+    def _norm(self, norm: NormSpec) -> tuple[nn.Parameter, nn.Parameter | None]:
+        module = self._module(norm.path)
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise ModelError(f"{norm.path} is a {type(module).__name__} without a weight of its own")
+        return weight, module._parameters.get("bias")
+
+    def _key(self, linears: list[LinearState], norms: dict[str, Any]) -> Hashable:
+        found = tuple((p.data_ptr(), p.requires_grad) for pair in norms.values() for p in pair if p is not None)
+        return tuple(linear.key for linear in linears), found
+
+    def _build(self, linears: list[LinearState], norms: dict[str, Any]) -> LayerState:
+        dtype = compute_dtype(linears, self.layer.get_parameter(f"{self.spec.input_norm.path}.weight").dtype)
+        by_path = {linear.path: linear for linear in linears}
+        groups, stream = [], self.index * STREAMS
+        for parts in (self.spec.qkv, (self.spec.attention_out,), self.spec.gate_up, (self.spec.down,)):
+            groups.append(build_group(parts, [by_path[p.path] for p in parts], dtype, stream, self.options))
+            stream += len(parts)
+        kind = FourBitBase if linears[0].four_bit else DenseBase
+        if type(self._base) is not kind:
+            self._base = FourBitBase(self.workspace, self.options.resident) if linears[0].four_bit else DenseBase()
+        assert self._base is not None
+        plan = self._base.prepare(groups, dtype)
+        trained = [p for group in groups for p in group.trained.parameters]
+        trained += [p for pair in norms.values() for p in pair if p is not None and p.requires_grad]
+        qkv, attention_out, gate_up, down = groups
+        return LayerState(qkv, attention_out, gate_up, down, plan, norms, tuple(trained), dtype)
