@@ -38,9 +38,59 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": _DECODER,
     "gemma": _DECODER,
     "gemma2": {**_DECODER, "query_pre_attn_scalar": 16, "sliding_window": 32},
+    "gemma3_text": {
+        **_DECODER,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi3": {key: value for key, value in _DECODER.items() if key != "head_dim"},
+    "granite": {
+        **{key: value for key, value in _DECODER.items() if key != "head_dim"},
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+    },
     "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+}
+
+_WINDOWS = {"sliding_window": 8, "use_sliding_window": True}
+# What the checkpoints of one family differ in: name -> (family, fields of the config). `build_tiny_variant` makes them.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-linear-rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "llama-dynamic-rope": (
+        "llama",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    ),
+    "llama-llama3-rope": (
+        "llama",
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama-yarn-rope": (
+        "llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
+    ),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu"}),
+    "llama-all-heads": ("llama", {"num_key_value_heads": 4}),
+    "llama-wide-heads": ("llama", {"head_dim": 32}),
+    "mistral-window": ("mistral", {"sliding_window": 8}),
+    "mistral-full": ("mistral", {"sliding_window": None}),
+    "qwen2-windows": ("qwen2", {**_WINDOWS, "max_window_layers": 1}),
+    "qwen3-windows": ("qwen3", {**_WINDOWS, "max_window_layers": 1, "attention_bias": True}),
+    "gemma2-window": ("gemma2", {"sliding_window": 8, "attn_logit_softcapping": 5.0}),
+    "phi3-partial-rotary": ("phi3", {"partial_rotary_factor": 0.5}),
+    "phi3-window": ("phi3", {"sliding_window": 8}),
 }
 
 
@@ -93,6 +143,12 @@ def build_tiny_model(family: str = "llama", *, seed: int = 0, **config: Any) -> 
     finally:
         torch.random.set_rng_state(state)
     return model.eval()
+
+
+def build_tiny_variant(name: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A model of a family or of one of its VARIANTS."""
+    family, fields = VARIANTS.get(name, (name, {}))
+    return build_tiny_model(family, seed=seed, **fields | config)
 
 
 _SPECIAL_IDS = {"pad_token_id": "<|pad|>", "bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"}

@@ -1,29 +1,34 @@
 """The seam between stock transformers and Pyralis's fast layers: `accelerate(model)` says, per layer, what runs.
 
-No fast layer exists yet, so today every layer stays stock, the report says so, and the model is not touched.
-
-How a layer will be swapped, and why so:
-
-- Per instance: `layer.__class__` is set to a subclass made for it, whose class dictionary carries `forward`. Two models
-  in one process can differ, nothing is patched on a class or a module, and parameters, state-dict keys, hooks,
-  `isinstance`, `generate`, PEFT and saving go on working. An instance attribute `layer.forward = ...` would not do:
-  from transformers 5.23 on it silently turns gradient checkpointing off.
-- The subclass keeps `__name__`, `__qualname__` and `__module__` of the stock class (`config.json` records the name, and
-  transformers' output recorder looks classes up by it), and has `_pyralis_stock_class`, by which `restore` undoes it.
-- A layer is swapped only when all of it is understood; what is not runs stock, with the reason in the report.
+A decoder of a family in `PROVEN` is made fast: the decoder itself and its layers are swapped (`swap.py`), each layer
+that is understood (`detect.py`) then runs in the fused block, the others stock. All else stays as it is: parameters,
+state dicts, hooks, `generate`, PEFT (before or after), saving, copying. `restore` undoes it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
+from pyralis.models import fast_path
+from pyralis.models.detect import Reason, detect_layer, family_of
+from pyralis.models.fast_path import backbone_forward, backbone_state, layer_forward
+from pyralis.models.layer_state import hooked_module, layer_state
+from pyralis.models.swap import STOCK_CLASS, fast_modules, is_fast, restore_module, stock_class, swap
+
+__all__ = [
+    "PROVEN", "STOCK_CLASS", "Acceleration", "AccelerationReport", "LayerReport", "accelerate", "decoder_backbone",
+    "decoder_layers", "report", "restore",
+]  # fmt: skip
+
 Acceleration: TypeAlias = Literal["auto", "on", "off"]
 
-STOCK_CLASS = "_pyralis_stock_class"
+# The families (`families.py`) whose parity tests pass in full with the fused block.
+PROVEN: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +58,45 @@ class AccelerationReport:
         ) or ("no decoder layers found: all stock",)
 
 
-def accelerate(model: nn.Module, mode: Acceleration = "auto") -> AccelerationReport:
-    """Swap each decoder layer that a fast block is known to compute exactly, and report on every layer.
+def accelerate(
+    model: nn.Module, mode: Acceleration = "auto", *, families: Collection[str] = PROVEN
+) -> AccelerationReport:
+    """Make fast what a fast block is known to compute exactly, and report on every layer.
 
     Args:
         mode: `auto` and `on` swap what can be swapped; `off` nothing. Neither fails where nothing can be.
+        families: whose layers may be swapped, by the names in `families.py`.
     """
     if mode not in ("auto", "on", "off"):
         raise ValueError(f"acceleration is {mode!r}; expected 'auto', 'on' or 'off'")
-    layers = decoder_layers(model)
-    return AccelerationReport(
-        tuple(LayerReport(index, False, _stock(layer, mode)) for index, layer in enumerate(layers))
-    )
+    restore(model)
+    layers, backbone = decoder_layers(model), decoder_backbone(model)
+    if mode == "off":
+        return _all_stock(layers, Reason("acceleration is off"))
+    reasons = [_reason(layer, backbone, families) for layer in layers]
+    if backbone is not None and any(reason is None for reason in reasons):
+        swap(backbone, backbone_forward)
+        for layer in layers:
+            swap(layer, layer_forward)
+    return _report(reasons)
+
+
+def report(model: nn.Module) -> AccelerationReport:
+    """What ran each layer in the model's last call, with the reasons of that call (adapters, hooks, a cache ...).
+
+    Layers of a model that was not called since `accelerate` are reported as they are now.
+    """
+    layers, backbone = decoder_layers(model), decoder_backbone(model)
+    if backbone is None or not is_fast(backbone):
+        return _all_stock(layers, Reason("the model is not accelerated"))
+    if (whole := backbone_state(backbone).reason) is not None:
+        return _all_stock(layers, whole)
+    return _report([layer_state(layer).reason or _static_reason(layer, backbone) for layer in layers])
 
 
 def restore(model: nn.Module) -> int:
     """Give every swapped module its stock class back; returns how many there were."""
-    restored = 0
-    for module in model.modules():
-        stock = getattr(type(module), STOCK_CLASS, None)
-        if stock is not None:
-            module.__class__ = stock
-            restored += 1
-    return restored
+    return sum([restore_module(module) for module in list(fast_modules(model))])
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -83,15 +104,56 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
     They are the `ModuleList` as long as the config says the decoder is deep; the first, outermost one.
     """
-    config = getattr(model, "config", None)
+    found = _layer_list(model)
+    return [] if found is None else list(found[1])
+
+
+def decoder_backbone(model: nn.Module) -> nn.Module | None:
+    """The module that calls the decoder's layers."""
+    found = _layer_list(model)
+    return None if found is None else found[0]
+
+
+def _layer_list(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
     depth = getattr(config, "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return list(module)
-    return []
+    for parent in model.modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                return parent, child
+    return None
 
 
-def _stock(layer: nn.Module, mode: Acceleration) -> str:
-    if mode == "off":
-        return "acceleration is off"
-    return f"there is no fast block for {type(layer).__name__} yet"
+def _reason(layer: nn.Module, backbone: nn.Module | None, families: Collection[str]) -> Reason | None:
+    """Why a layer is not made fast; None if it is."""
+    if (reason := _static_reason(layer, backbone)) is not None:
+        return reason
+    family = family_of(layer)
+    if family is None or family.name not in families:
+        return Reason(f"the fused block is not yet proven for {stock_class(type(layer)).__name__}")
+    return None if fast_path.block is not None else Reason("there is no fused block")
+
+
+def _static_reason(layer: nn.Module, backbone: Any) -> Reason | None:
+    spec = detect_layer(layer, getattr(backbone, "config", None))
+    if isinstance(spec, Reason):
+        return spec
+    family = family_of(layer)
+    owner = stock_class(type(backbone))
+    if family is None or owner.__module__ != family.source or getattr(backbone, "layers", None) is None:
+        return Reason(f"the layers are called by {owner.__name__}, which is not understood")
+    if (hooked := hooked_module(layer)) is not None:
+        return Reason(f"{hooked} has hooks, which would not be called")
+    return None
+
+
+def _all_stock(layers: list[nn.Module], reason: Reason) -> AccelerationReport:
+    return _report([reason] * len(layers))
+
+
+def _report(reasons: list[Reason | None] | list[Reason]) -> AccelerationReport:
+    return AccelerationReport(
+        tuple(LayerReport(i, reason is None, str(reason or "")) for i, reason in enumerate(reasons))
+    )

@@ -1,0 +1,33 @@
+"""What the fast path asks of whatever computes the layers: `fused.py`, and in tests a readable stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from pyralis.models.spec import LayerSpec
+from pyralis.ops.attention_spec import AttentionLayout
+
+
+class Block(Protocol):
+    """What computes layers. One object serves all models."""
+
+    def prepare(self, layers: Sequence[tuple[nn.Module, LayerSpec]], kept: Any) -> Prepared:
+        """What `run` needs of the layers as they are now. kept: the `Prepared.kept` of the call before, or None."""
+
+    def run(
+        self, handle: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout,
+        *, recompute: bool,
+    ) -> Tensor:  # fmt: skip
+        """A layer's output [B, S, H]; recompute: gradient checkpointing is on, keep as little as may be."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """handles: for each layer what `run` takes, or why it has to run stock. kept: for the next call, with the model."""
+
+    handles: Sequence[Any]
+    kept: Any = None

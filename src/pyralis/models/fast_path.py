@@ -1,0 +1,145 @@
+"""The forward of a fast decoder ("backbone") and of its layers.
+
+The backbone decides once per call how the tokens lie and which layers are ready, then calls the stock backbone, which
+embeds, computes the angles of RoPE, goes through the layers and norms, as every family does it in its own way. It hands
+the decision on to the layers as a keyword argument. A layer without it (a cache in use, `generate`, a layer called by
+hand) runs stock, and so does a whole call that is not understood: `LayerState.reason` and `BackboneState.reason` tell.
+
+Two things differ from stock: no cache is made while training unless `use_cache=True` is given, since nothing could read
+it; and where all layers are fast no attention mask is built.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyralis.models.block_protocol import Block
+from pyralis.models.detect import Reason
+from pyralis.models.fused import FusedBlock
+from pyralis.models.layer_state import layer_state, look_again
+from pyralis.models.layout import HINTS, READ, BatchShape, batch_layout
+from pyralis.models.spec import LayerSpec
+from pyralis.models.swap import FAST_STATE, call_stock, is_checkpointed, stock_class
+from pyralis.ops.attention_spec import AttentionLayout
+
+CALL = "pyralis_call"
+# Arguments of a decoder besides `READ` that mean nothing to a layer, or that are looked at here.
+UNDERSTOOD = frozenset(
+    {
+        *READ, "input_ids", "inputs_embeds", "past_key_values", "use_cache", "cache_position", "output_attentions",
+        "output_hidden_states", "return_dict", "num_items_in_batch",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of the backbone, for its layers: how tokens lie, and the handles of those that are ready, by `id`."""
+
+    layout: AttentionLayout
+    handles: Mapping[int, Any]
+
+
+@dataclass(eq=False)
+class BackboneState:
+    """reason: why the last call ran stock as a whole, None if it did not. kept: of `Prepared`."""
+
+    reason: Reason | None = None
+    kept: Any = None
+
+
+block: Block | None = FusedBlock()
+
+
+def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of the decoder, in place of its class's."""
+    stock: Any = stock_class(type(self))
+    if torch.compiler.is_compiling():  # the stock layers are what it can trace
+        return stock.forward(self, *args, **{name: value for name, value in kwargs.items() if name not in HINTS})
+    arguments = dict(zip(_parameters(stock), args)) | kwargs
+    state = backbone_state(self)
+    call = _plan(self, state, arguments)
+    for name in HINTS:
+        arguments.pop(name, None)
+    state.reason = call if isinstance(call, Reason) else None
+    if isinstance(call, Reason) or not call.handles:
+        return stock.forward(self, **arguments)
+    arguments |= {"use_cache": False, "past_key_values": None, CALL: call}
+    if len(call.handles) == len(self.layers):
+        # Nobody reads the mask. Stock takes a 4-D one as it is instead of making one.
+        arguments["attention_mask"] = torch.empty((1, 1, 1, 1), device="meta")
+    return stock.forward(self, **arguments)
+
+
+def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Of a decoder layer, in place of its class's."""
+    call: Call | None = kwargs.pop(CALL, None)
+    if call is None or block is None or (handle := call.handles.get(id(self))) is None:
+        return call_stock(self, hidden_states, *args, **kwargs)
+    cos, sin = kwargs["position_embeddings"]
+    return block.run(handle, hidden_states, cos, sin, call.layout, recompute=is_checkpointed(self))
+
+
+def backbone_state(backbone: nn.Module) -> BackboneState:
+    return vars(backbone).setdefault(FAST_STATE, BackboneState())
+
+
+def _plan(backbone: Any, state: BackboneState, arguments: Mapping[str, Any]) -> Call | Reason:
+    odd = [name for name, value in arguments.items() if value is not None and name not in UNDERSTOOD]
+    if odd:
+        return Reason(f"the argument {odd[0]} is not understood")
+    if _wanted(backbone, arguments, "output_attentions"):
+        return Reason("attention maps are asked for, which the fast path never has")
+    if arguments.get("past_key_values") is not None or _caches(backbone, arguments):
+        return Reason("a KV cache is in use")
+    inputs = arguments.get("input_ids")
+    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None or inputs.dim() not in (2, 3):
+        return Reason("no input_ids or inputs_embeds")
+    layout = batch_layout(BatchShape(inputs.shape[0], inputs.shape[1], inputs.device), arguments)
+    if isinstance(layout, Reason):
+        return layout
+    return Call(layout, _prepare(backbone, state))
+
+
+def _prepare(backbone: Any, state: BackboneState) -> dict[int, Any]:
+    """The handles of the layers that can be served now; the others' states get the reason."""
+    served: list[tuple[nn.Module, LayerSpec]] = []
+    for layer in backbone.layers:
+        spec = look_again(layer)
+        layer_state(layer).reason = spec if isinstance(spec, Reason) else None
+        if isinstance(spec, LayerSpec):
+            served.append((layer, spec))
+    if block is None or not served:
+        return {}
+    prepared = block.prepare(served, state.kept)
+    state.kept = prepared.kept
+    for (layer, _), handle in zip(served, prepared.handles):
+        layer_state(layer).reason = handle if isinstance(handle, Reason) else None
+    ready = zip(served, prepared.handles)
+    return {id(layer): handle for (layer, _), handle in ready if not isinstance(handle, Reason)}
+
+
+def _caches(backbone: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether the caller is to get a cache. One that stock makes unasked while training is of no use to anybody."""
+    if (given := arguments.get("use_cache")) is not None:
+        return bool(given)
+    training = backbone.training and torch.is_grad_enabled()
+    return bool(getattr(backbone.config, "use_cache", False)) and not training
+
+
+def _wanted(backbone: Any, arguments: Mapping[str, Any], name: str) -> bool:
+    value = arguments.get(name)
+    return bool(getattr(backbone.config, name, False) if value is None else value)
+
+
+@cache
+def _parameters(stock: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(stock.forward).parameters)[1:]

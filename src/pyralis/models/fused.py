@@ -1,0 +1,85 @@
+"""The fused layer (`block.py`) as the block of the fast path: weights kept in step with modules, reasons collected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyralis.models.block import fused_layer
+from pyralis.models.block_protocol import Prepared
+from pyralis.models.detect import Reason
+from pyralis.models.model_weights import ModelWeights
+from pyralis.models.spec import LayerSpec
+from pyralis.models.weights import LayerState, LayerWeights
+from pyralis.ops.attention_spec import AttentionLayout
+
+Layers = Sequence[tuple[nn.Module, LayerSpec]]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The weights of a model's fused layers, and the parts of the layers that they were laid out for."""
+
+    parts: list[tuple[nn.Module, LayerSpec, tuple[nn.Module, ...]]]
+    weights: ModelWeights
+    generation: int  # how often they were laid out anew
+
+
+@dataclass(frozen=True, eq=False)
+class Handle:
+    weights: LayerWeights
+    model: ModelWeights
+    rng: Tensor | None  # of dropout, in this call
+
+
+class FusedBlock:
+    """Every gradient is written into `.grad` while the backward runs; what else would have seen it is looked for."""
+
+    def prepare(self, layers: Layers, kept: Kept | None) -> Prepared:
+        parts = [(layer, spec, tuple(layer.children())) for layer, spec in layers]
+        if kept is None or kept.parts != parts:
+            generation = 0 if kept is None else kept.generation + 1
+            seed = (torch.initial_seed() + generation) % 2**63
+            kept = Kept(parts, ModelWeights(layers, seed=seed), generation)
+        model = kept.weights
+        handles: list[Handle | Reason] = []
+        for weights, problem in zip(model.layers, model.refresh()):
+            reason = Reason(problem) if problem is not None else _unserved(weights.state)
+            handles.append(Handle(weights, model, model.rng) if reason is None else reason)
+        return Prepared(handles, kept)
+
+    def run(
+        self, handle: Handle, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout,
+        *, recompute: bool,
+    ) -> Tensor:  # fmt: skip
+        return fused_layer(
+            hidden_states, cos, sin, layout, handle.weights, handle.model.gradients,
+            policy="recompute_layer" if recompute else "keep", rng=handle.rng,
+        )  # fmt: skip
+
+
+def _unserved(state: LayerState) -> Reason | None:
+    """Why a layer whose weights are laid out cannot be served in this call."""
+    kind = state.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if autocast is not None and autocast != state.dtype:
+        return Reason(f"autocast to {_name(autocast)} over weights in {_name(state.dtype)}")
+    norms = {weight.dtype for weight, _ in state.norms.values()}
+    if autocast is None and norms != {state.dtype}:
+        return Reason(f"norms in {', '.join(sorted(map(_name, norms)))} between layers in {_name(state.dtype)}")
+    for parameter in state.parameters:
+        if _hooked(parameter):
+            return Reason("a trained parameter has hooks on its gradient, which would not be called")
+    return None
+
+
+def _hooked(parameter: Any) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

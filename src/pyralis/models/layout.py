@@ -1,0 +1,89 @@
+"""How the tokens of a batch lie, from what a model was called with, as stock transformers reads it:
+
+- a 2-D mask tells the padding; positions then are only positions;
+- without a mask, positions that do not go up by one start a new sequence (packing);
+- anything else (4-D masks, holes in a mask) is not understood, and the model runs stock.
+
+On a GPU, looking at a mask waits for it once a batch, as stock does. Whoever knows says it and nothing waits:
+`padding_side` for padded rows, `cu_seq_lens_q` and `max_length_q` for packed ones. What is said is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyralis.models.detect import Reason
+from pyralis.ops.attention_spec import AttentionLayout
+
+PADDING_SIDES = ("right", "left")
+# The arguments read here. A stock model would hand those of `HINTS` on to its attention function.
+HINTS = ("padding_side",)
+READ = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", *HINTS)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    rows: int
+    tokens: int  # of a row
+    device: torch.device
+
+
+def batch_layout(shape: BatchShape, arguments: Mapping[str, Any]) -> AttentionLayout | Reason:
+    """The layout of a batch; `arguments`: those of `READ` that the model was called with."""
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    bounds, side = arguments.get("cu_seq_lens_q"), arguments.get("padding_side")
+    if side is not None and side not in PADDING_SIDES:
+        raise ValueError(f"padding_side is {side!r}; expected 'right' or 'left'")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return Reason("an attention mask of its own making")
+        if tuple(mask.shape) != (shape.rows, shape.tokens):
+            return Reason(f"a mask of {list(mask.shape)} for {shape.rows} rows of {shape.tokens} tokens")
+        return _padded(shape, mask, side)
+    if positions is None:
+        return AttentionLayout.padded(shape.rows, shape.tokens) if bounds is None else Reason("cu_seq_lens alone")
+    if positions.dim() != 2 or positions.shape[-1] != shape.tokens or positions.shape[0] not in (1, shape.rows):
+        return Reason(f"positions of shape {list(positions.shape)}")
+    if bounds is not None:
+        return _given(shape, bounds, arguments.get("max_length_q"))
+    return _packed(shape, positions)
+
+
+def _padded(shape: BatchShape, mask: Tensor, side: str | None) -> AttentionLayout | Reason:
+    if side is None:
+        kept = mask != 0
+        right, left = kept[:, 1:] <= kept[:, :-1], kept[:, 1:] >= kept[:, :-1]
+        is_right, is_left = torch.stack([right.all(), left.all()]).tolist()
+        side = "right" if is_right else "left" if is_left else None
+    if side == "right":  # causal attention lets no real token see what stands after it
+        return AttentionLayout.padded(shape.rows, shape.tokens)
+    if side == "left":
+        starts = (mask == 0).sum(1).to(shape.device)
+        return AttentionLayout.left_padded(starts, shape.tokens)
+    return Reason("a mask with padding on both sides, or with holes")
+
+
+def _given(shape: BatchShape, bounds: Tensor, longest: Any) -> AttentionLayout | Reason:
+    if shape.rows != 1 or bounds.dim() != 1:
+        return Reason("cu_seq_lens for more than one row")
+    total = shape.rows * shape.tokens
+    return AttentionLayout.packed(bounds.to(shape.device, torch.int32), int(longest or total), total)
+
+
+def _packed(shape: BatchShape, positions: Tensor) -> AttentionLayout:
+    """Sequences by positions that do not go up by one. One row of positions stands for all rows."""
+    starts = torch.ones(positions.shape, dtype=torch.bool, device=positions.device)
+    starts[:, 1:] = positions.diff(dim=1) != 1
+    first = starts.expand(shape.rows, -1).flatten().nonzero().flatten().tolist()
+    if len(first) == shape.rows:
+        return AttentionLayout.padded(shape.rows, shape.tokens)
+    bounds = [*first, shape.rows * shape.tokens]
+    longest = max(end - start for start, end in pairwise(bounds))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=shape.device)
+    return AttentionLayout.packed(cu_seqlens, longest, shape.rows * shape.tokens)
