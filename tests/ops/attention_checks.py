@@ -62,7 +62,35 @@ def stock_attention(spec: AttentionSpec, layout: AttentionLayout, *, eager: bool
     return run
 
 
-def check_backend(name: str, spec: AttentionSpec, layout_name: str, dtype: torch.dtype, device: torch.device) -> None:
+def causal_by_sequence(spec: AttentionSpec, layout: AttentionLayout) -> Callable[..., Tensor]:
+    """What transformers runs on whole sequences without a mask: SDPA with `is_causal`, here one sequence at a time.
+
+    In float32 a mask would change torch's choice: rows that are not a multiple of 4 go to the exact math backend.
+    """
+    if layout.cu_seqlens is None:
+        lengths = [layout.seq] * layout.batch
+    else:
+        lengths = layout.cu_seqlens.diff().tolist()
+
+    def run(*qkv: Tensor) -> Tensor:
+        outs = []
+        for q, k, v in zip(*(t.view(layout.tokens, -1, spec.head_dim).split(lengths) for t in qkv)):
+            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=spec.group > 1)
+            outs.append(out[0].transpose(0, 1).reshape(-1, spec.num_heads * spec.head_dim))
+        return torch.cat(outs)
+
+    return run
+
+
+def check_backend(
+    name: str,
+    spec: AttentionSpec,
+    layout_name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    stock_of: Callable[[AttentionSpec, AttentionLayout], Callable[..., Tensor]] | None = None,
+) -> None:
     accuracy = Accuracy()
     layout = make_layout(layout_name, device)
     for seed in range(3):
@@ -72,7 +100,8 @@ def check_backend(name: str, spec: AttentionSpec, layout_name: str, dtype: torch
             return reference(q, k, v, spec, layout)
 
         (want,), wants = oracle_gradients(exact, [t.double() for t in tensors], (dout.double(),))
-        (stock,), stocks = oracle_gradients(stock_attention(spec, layout, eager=name == "math"), tensors, (dout,))
+        stock_op = stock_attention(spec, layout, eager=name == "math") if stock_of is None else stock_of(spec, layout)
+        (stock,), stocks = oracle_gradients(stock_op, tensors, (dout,))
         out, saved = attention_forward(*tensors, spec, layout, backend=name)
         accuracy.add("out", out, stock, want)
         for label, *values in zip(("dq", "dk", "dv"), attention_backward(dout, saved), stocks, wants):

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyralis.ops.attention import attention_backward, attention_forward, backend_for
 from pyralis.ops.attention_choice import choose_backend
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
-from tests.ops.attention_checks import HEADS, check_backend, inputs, make_layout, make_spec
+from tests.ops.attention_checks import HEADS, causal_by_sequence, check_backend, inputs, make_layout, make_spec
 from tests.ops.harness import assert_deterministic
 
 pytestmark = pytest.mark.gpu
@@ -50,9 +50,10 @@ def test_gpu_flex(softcap: float | None, layout: str, window: int | None) -> Non
     check_backend("flex", spec, layout, torch.bfloat16, device)
 
 
-def test_gpu_float32() -> None:
-    for layout in ("padded", "packed"):
-        check_backend("efficient", make_spec(4, 2, 64), layout, torch.float32, torch.device("cuda", 0))
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_gpu_float32(layout: str) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    check_backend("efficient", make_spec(4, 2, 64), layout, torch.float32, device, causal_by_sequence)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])

@@ -155,8 +155,8 @@ def test_tiles_fit_the_rows() -> None:
 
     assert shape(4096) == (1, 4096, 8)
     assert shape(4096, 14336) == (2, 2048, 8)
-    assert shape(3584, 18944) == (8, 512, 8)
-    assert shape(11008) == (16, 256, 8)
+    assert shape(3584, 18944) == (4, 1024, 8)
+    assert shape(11008) == (4, 1024, 8)
     assert shape(4096, dtype=torch.float32) == (1, 2048, 8)
     assert shape(4096, pad=3) == (1, 2048, 8)
     assert shape(100) == (8, 256, 1)

@@ -56,6 +56,10 @@ def _graph(run: Contender) -> Callable[[], object] | None:
             kept = run()
     except RuntimeError:  # it synchronises: timed as it is
         torch.cuda.synchronize()
+        # A capture that failed leaves torch's generator in capture, and every later torch.randn would raise; one that
+        # succeeds puts it right.
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=bench_stream()):
+            torch.zeros(1, device="cuda")
         return None
 
     def replay(kept: object = kept) -> None:  # the outputs live in the graph's pool as long as it
