@@ -36,6 +36,8 @@ class Base(Protocol):
 
     def adapters_changed(self) -> None: ...
 
+    def release(self) -> None: ...
+
 
 @dataclass(slots=True, eq=False)
 class StackedWeight:
@@ -78,6 +80,9 @@ class DenseBase:
     def adapters_changed(self) -> None:
         for stack in self._stacks.values():
             stack.stale = True
+
+    def release(self) -> None:
+        self._stacks.clear()
 
 
 def _holds(buffer: Tensor, weights: Sequence[nn.Parameter], columns: int) -> bool:
@@ -179,6 +184,10 @@ class FourBitBase:
 
     def adapters_changed(self) -> None:
         self._stale = True
+
+    def release(self) -> None:
+        if self._resident:
+            self._workspace = Workspace()
 
 
 def _capturing(tensor: Tensor) -> bool:

@@ -20,7 +20,9 @@ class LayoutOptions:
     """How weights are laid out.
 
     Attributes:
-        concatenate: B beside W; None lets the GPU and `tokens`, of a usual micro-batch, decide (`concatenates`).
+        concatenate: B beside W. None: never beside plain weights, and beside 4-bit ones where the GPU gains by it at
+            `tokens`, of a usual micro-batch (`concatenates`). Plain weights with room for B between their rows are not
+            contiguous, and stock `save_pretrained` of the whole model then fails: `release` them before it.
         resident: keep dequantised 4-bit weights instead of dequantising them for each use.
     """
 
@@ -69,7 +71,7 @@ def build_group(
     trains_base = any(w.requires_grad for w in weights)
     chosen = options.concatenate
     if chosen is None:
-        chosen = concatenates(group, options.tokens, gpu_of(device), dtype.itemsize)
+        chosen = linears[0].four_bit and concatenates(group, options.tokens, gpu_of(device), dtype.itemsize)
     wide = chosen and group.rank > 0 and not trains_base
     copies = None if wide or not group.rank else tuple(
         None if a is None else torch.empty(a.B.shape, dtype=dtype, device=device) for a in adapters

@@ -59,6 +59,11 @@ class ModelWeights:
         """Write into another's flat buffer from now on, such as a flat optimizer's."""
         self._gradients, self._given = gradients, True
 
+    def release(self) -> None:
+        """Leave the modules as they would be without Pyralis: see `LayerWeights.release`."""
+        for layer in self.layers:
+            layer.release()
+
     def refresh(self) -> list[str | None]:
         """At the start of each forward of the model: for each layer None, or why the fused block does not serve it now.
 

@@ -109,6 +109,18 @@ class LayerWeights:
         assert self._base is not None
         return self._base.matrices(state.groups, state.plan)
 
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give plain weights contiguous memory of their own again, and drop all buffers; `refresh` lays out anew."""
+        for projection in self.spec.projections:
+            try:
+                weight = read_linear(self._module(projection.path), projection).base.weight
+            except ModelError:
+                continue
+            if weight.untyped_storage().nbytes() > weight.numel() * weight.element_size():
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        self._forget()
+
     def refresh(self) -> None:
         """Read the modules and bring all copies up to date. Raises ModelError where the block does not serve them."""
         targets: list[Tensor] = []
