@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyralis.models import fast_path
 from pyralis.models.block_protocol import Prepared
+from pyralis.models.fused import FusedBlock
 from pyralis.models.spec import LayerSpec, NormSpec, Projection
 from pyralis.ops import attention, glu, rms_norm
 from pyralis.ops.attention_spec import AttentionLayout
@@ -38,6 +39,18 @@ class SpecBlock:
         rows, tokens, features = hidden_states.shape
         cos, sin = (t.expand(rows, tokens, -1).reshape(rows * tokens, -1) for t in (cos, sin))
         return layer_by_spec(layer, spec, hidden_states.reshape(-1, features), cos, sin, layout).view_as(hidden_states)
+
+
+class CountedFused(FusedBlock):
+    """The fused block, counted in the same way."""
+
+    def __init__(self) -> None:
+        self.calls = self.recomputed = 0
+
+    def run(self, *args: Any, recompute: bool) -> Tensor:
+        self.calls += 1
+        self.recomputed += recompute
+        return super().run(*args, recompute=recompute)
 
 
 @contextmanager

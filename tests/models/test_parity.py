@@ -7,9 +7,10 @@ or it is.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,17 +18,21 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from pyralis.lora.attach import find_linear_targets
 from pyralis.models.families import FAMILIES as SERVED
 from pyralis.models.fused import FusedBlock
-from pyralis.models.surgery import accelerate, decoder_layers, report, restore
+from pyralis.models.load import ModelSettings, load_model
+from pyralis.models.nf4 import dequantize_model
+from pyralis.models.spec import LayerSpec
+from pyralis.models.surgery import accelerate, decoder_layers, report
 from pyralis.train.loss import supervised_loss_sum
 from tests.models.spec_block import SpecBlock, block_in_place
-from tests.tiny import FAMILIES, VARIANTS, build_tiny_variant
+from tests.tiny import FAMILIES, VARIANTS, build_tiny_variant, make_tiny_model
 
 EVERY = tuple(family.name for family in SERVED)
 NAMES = [name for name in (*FAMILIES, *VARIANTS) if name not in ("gpt2", "bloom")]
 LAYOUTS = ("full", "right", "left", "packed")
-MODES = ("lora", "lora-some", "full")
+MODES = ("lora", "lora-some", "qlora", "full")
 LOSS_ERROR, GRADIENT_ERROR, LOGIT_ERROR = 1e-6, 1e-5, 1e-5  # relative; of gradients and logits, of their norm
 
 
@@ -56,21 +61,32 @@ def batch(layout: str) -> dict[str, Any]:
     return inputs if layout == "full" else {**inputs, "attention_mask": mask}
 
 
-def build(name: str, mode: str) -> Any:
-    model = build_tiny_variant(name).train()
-    if mode == "full":
-        return model
-    linears = [name for name, module in model.model.layers[0].named_modules() if isinstance(module, nn.Linear)]
-    names = sorted({name.rpartition(".")[2] for name in linears})
-    if mode == "lora-some":
+def build(name: str, mode: str, folder: Path, *, exact: bool = False) -> Any:
+    """A tiny model to train; exact: in float64, 4-bit weights as the numbers they stand for."""
+    if mode == "qlora":
+        family, fields = VARIANTS.get(name, (name, {}))
+        if not (folder / "config.json").exists():
+            make_tiny_model(folder, family, **fields)
+        model: Any = load_model(ModelSettings(str(folder), train_mode="qlora", dtype="float32")).model
+        if exact:
+            dequantize_model(model, torch.float32)
+    else:
+        model = build_tiny_variant(name)
+    model = model.double().train() if exact else model.train()
+    return model if mode == "full" else with_lora(model, some=mode == "lora-some")
+
+
+def with_lora(model: Any, *, some: bool) -> Any:
+    """The same adapter for the same model, B not zero: on all linear layers, in two ranks, or on some."""
+    names = sorted({target.rpartition(".")[2] for target in find_linear_targets(model)})
+    if some:
         names = [name for name in names if name not in ("k_proj", "up_proj", "o_proj")]
-    ranks = {names[0]: 3}
-    config = LoraConfig(target_modules=names, r=8, rank_pattern=ranks, lora_alpha=12)
-    torch.manual_seed(2)
-    tuned = get_peft_model(model, config)
+    model.requires_grad_(False)
+    tuned = get_peft_model(model, LoraConfig(target_modules=names, r=8, rank_pattern={names[0]: 3}, lora_alpha=12))
+    generator = torch.Generator().manual_seed(2)
     for key, parameter in tuned.named_parameters():
-        if "lora_B" in key:
-            nn.init.normal_(parameter, std=0.05)
+        if "lora_" in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
     return tuned.train()
 
 
@@ -92,8 +108,7 @@ def exact_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1][kept], labels[:, 1:][kept], reduction="sum")
 
 
-def truth(model: Any, layout: str) -> Outcome:
-    exact = copy.deepcopy(model).double()
+def truth(exact: Any, layout: str) -> Outcome:
     with block_in_place(SpecBlock()) as block:
         accelerate(exact, families=EVERY)
         found = outcome(exact, layout)
@@ -125,13 +140,91 @@ def pairwise() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "layout", "mode"), pairwise())
-def test_parity(name: str, layout: str, mode: str) -> None:
-    model = build(name, mode)
-    want = truth(model, layout)
+def test_parity(name: str, layout: str, mode: str, tmp_path: Path) -> None:
+    model = build(name, mode, tmp_path)
+    want = truth(build(name, mode, tmp_path, exact=True), layout)
     check(outcome(model, layout), want)
     with block_in_place(FusedBlock()):
         accelerate(model, families=EVERY)
         got = outcome(model, layout)
         assert report(model).fast_layers == 2, report(model).lines
         check(got, want)
-        restore(model)
+
+
+class OffByOnePercent(FusedBlock):
+    """Something of the layers' spec, or a gradient, 1 % wrong."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def prepare(self, layers: Any, kept: Any) -> Any:
+        return super().prepare([(layer, self.changed(spec)) for layer, spec in layers], kept)
+
+    def changed(self, spec: LayerSpec) -> LayerSpec:
+        attention = spec.attention
+        match self.part:
+            case "scale":
+                return replace(spec, attention=replace(attention, scale=attention.scale * 1.01))
+            case "softcap":
+                assert attention.softcap is not None
+                return replace(spec, attention=replace(attention, softcap=attention.softcap * 1.01))
+            case "window":
+                return replace(spec, attention=replace(attention, window=attention.window and attention.window + 1))
+            case "residual_multiplier":
+                return replace(spec, residual_multiplier=spec.residual_multiplier * 1.01)
+            case "eps":
+                return replace(spec, input_norm=replace(spec.input_norm, eps=spec.input_norm.eps * 100))
+        return spec
+
+    def run(self, handle: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = super().run(handle, hidden_states, *args, **kwargs)
+        return out if self.part != "gradient" else 1.01 * out - 0.01 * out.detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("llama", "gradient"), ("llama", "scale"), ("llama", "eps"), ("granite", "residual_multiplier"),
+        ("gemma2-window", "softcap"), ("gemma2-window", "window"),
+    ],
+)  # fmt: skip
+def test_what_is_a_little_wrong_fails(name: str, part: str, tmp_path: Path) -> None:
+    want = truth(build(name, "lora", tmp_path, exact=True), "full")
+    model = build(name, "lora", tmp_path)
+    with block_in_place(OffByOnePercent(part)):
+        accelerate(model, families=EVERY)
+        got = outcome(model, "full")
+    with pytest.raises(AssertionError):
+        check(got, want)
+
+
+def half(name: str, dtype: torch.dtype, *, exact: bool = False) -> Any:
+    """A half-precision base with a float32 adapter, as a LoRA run has them; exact: the same numbers in float64."""
+    model = build_tiny_variant(name).to(dtype)
+    return with_lora(model.double() if exact else model, some=False)
+
+
+def total_errors(got: Outcome, want: Outcome) -> tuple[float, float]:
+    """Of the logits, and of all gradients together."""
+    flat = [torch.cat([o.gradients[name].double().flatten() for name in want.gradients]) for o in (got, want)]
+    return error(got.logits, want.logits), error(*flat)
+
+
+HALVES = [
+    pytest.param(name, dtype, marks=() if name in FAMILIES and dtype == torch.bfloat16 else pytest.mark.full)
+    for name, dtype in product(NAMES, (torch.bfloat16, torch.float16))
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALVES)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Under autocast, as in training: errors at most 1.5 times stock's."""
+    want = truth(half(name, dtype, exact=True), "right")
+    model = half(name, dtype)
+    with torch.autocast("cpu", dtype):
+        stock = total_errors(outcome(model, "right"), want)
+        with block_in_place(FusedBlock()):
+            accelerate(model, families=EVERY)
+            fused = total_errors(outcome(model, "right"), want)
+            assert report(model).fast_layers == 2, report(model).lines
+    assert all(a <= 1.5 * b for a, b in zip(fused, stock)), (fused, stock)

@@ -1,5 +1,8 @@
-"""A fast model is the stock model to everybody but the clock: the swap itself, with a block that is exact by definition
-(`spec_block.py`), so that whatever differs is the swap's fault."""
+"""A fast model is the stock model to everybody but the clock.
+
+Each test runs with a block that is exact by definition (`spec_block.py`), so that whatever differs is the swap's fault,
+and with the fused one.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from pyralis.models.surgery import (
     restore,
 )
 from pyralis.models.swap import FAST_STATE, is_fast, swap
-from tests.models.spec_block import SpecBlock, block_in_place
+from tests.models.spec_block import CountedFused, SpecBlock, block_in_place
 from tests.tiny import FAMILIES, build_tiny_model, build_tiny_variant
 
 EVERY = tuple(family.name for family in SERVED)
@@ -37,10 +40,13 @@ IDS = torch.arange(4, 52).view(2, 24)
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
-@pytest.fixture
-def block() -> Iterator[SpecBlock]:
-    with block_in_place(SpecBlock()) as spec_block:
-        yield spec_block
+Block = SpecBlock | CountedFused
+
+
+@pytest.fixture(params=[SpecBlock, CountedFused])
+def block(request: pytest.FixtureRequest) -> Iterator[Block]:
+    with block_in_place(request.param()) as counted:
+        yield counted
 
 
 def fast(model: Any) -> Any:
@@ -71,7 +77,7 @@ def fill_lora(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_is_touched_that_is_not_proven(family: str, block: SpecBlock) -> None:
+def test_nothing_is_touched_that_is_not_proven(family: str, block: Block) -> None:
     model = build_tiny_model(family)
     classes = [type(module) for module in model.modules()]
     found = accelerate(model, families=())
@@ -82,7 +88,7 @@ def test_nothing_is_touched_that_is_not_proven(family: str, block: SpecBlock) ->
     assert restore(model) == 0
 
 
-def test_off_and_on(block: SpecBlock) -> None:
+def test_off_and_on(block: Block) -> None:
     model = build_tiny_model()
     assert accelerate(model, "off", families=EVERY).lines == ("2 of 2 layers stock: acceleration is off",)
     assert accelerate(model, "on", families=EVERY).lines == ("2 of 2 layers fast",)
@@ -111,7 +117,7 @@ def test_no_layers() -> None:
     assert report(nn.Linear(2, 2)).lines == AccelerationReport(()).lines
 
 
-def test_restore_gives_stock_classes_back(block: SpecBlock) -> None:
+def test_restore_gives_stock_classes_back(block: Block) -> None:
     model = build_tiny_model()
     stock = [type(module) for module in model.modules()]
     logits(fast(model))
@@ -121,7 +127,7 @@ def test_restore_gives_stock_classes_back(block: SpecBlock) -> None:
     assert report(model).lines == ("2 of 2 layers stock: the model is not accelerated",)
 
 
-def test_the_class_passes_for_the_stock_one(block: SpecBlock) -> None:
+def test_the_class_passes_for_the_stock_one(block: Block) -> None:
     model = build_tiny_model()
     keys = list(model.state_dict())
     stock = [type(model.model), type(model.model.layers[0])]
@@ -137,7 +143,7 @@ def test_the_class_passes_for_the_stock_one(block: SpecBlock) -> None:
     assert list(model.state_dict()) == keys
 
 
-def test_two_models_can_differ(block: SpecBlock) -> None:
+def test_two_models_can_differ(block: Block) -> None:
     one, two = build_tiny_model(), build_tiny_model()
     fast(one)
     expected = logits(two)
@@ -146,7 +152,7 @@ def test_two_models_can_differ(block: SpecBlock) -> None:
     assert block.calls == 2
 
 
-def test_saving(tmp_path: Path, block: SpecBlock) -> None:
+def test_saving(tmp_path: Path, block: Block) -> None:
     model = fast(build_tiny_model())
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -158,7 +164,7 @@ def test_saving(tmp_path: Path, block: SpecBlock) -> None:
     torch.testing.assert_close(logits(loaded), expected, **CLOSE)
 
 
-def test_deepcopy_and_pickle(block: SpecBlock) -> None:
+def test_deepcopy_and_pickle(block: Block) -> None:
     model = fast(give_lora(build_tiny_model()))
     expected = logits(model)
     saved = io.BytesIO()
@@ -180,7 +186,7 @@ def test_deepcopy_and_pickle(block: SpecBlock) -> None:
         assert restore(other) == 3
 
 
-def test_hidden_states_and_attentions(block: SpecBlock) -> None:
+def test_hidden_states_and_attentions(block: Block) -> None:
     stock, model = build_tiny_model("qwen3"), fast(build_tiny_model("qwen3"))
     expected = stock(IDS, use_cache=False, output_hidden_states=True).hidden_states
     found = model(IDS, use_cache=False, output_hidden_states=True).hidden_states
@@ -198,7 +204,7 @@ def test_hidden_states_and_attentions(block: SpecBlock) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gemma3_text", "phi3"])
-def test_generation(name: str, block: SpecBlock) -> None:
+def test_generation(name: str, block: Block) -> None:
     stock, model = build_tiny_variant(name), fast(build_tiny_variant(name))
     mask = torch.ones_like(IDS)
     mask[1, :5] = 0
@@ -210,7 +216,7 @@ def test_generation(name: str, block: SpecBlock) -> None:
     assert reasons(model) == ["a KV cache is in use"] * 2
 
 
-def test_a_cache_is_returned_when_asked_for(block: SpecBlock) -> None:
+def test_a_cache_is_returned_when_asked_for(block: Block) -> None:
     model = fast(build_tiny_model())
     assert model(IDS).past_key_values is not None  # the config's use_cache, in eval mode
     model.train()
@@ -220,7 +226,7 @@ def test_a_cache_is_returned_when_asked_for(block: SpecBlock) -> None:
     assert block.calls == 2
 
 
-def test_hooks_of_a_layer_are_called(block: SpecBlock) -> None:
+def test_hooks_of_a_layer_are_called(block: Block) -> None:
     model = fast(build_tiny_model())
     seen: list[str] = []
     layer = model.model.layers[1]
@@ -231,7 +237,7 @@ def test_hooks_of_a_layer_are_called(block: SpecBlock) -> None:
     assert block.calls == 2
 
 
-def test_hooks_inside_a_layer_force_it_stock(block: SpecBlock) -> None:
+def test_hooks_inside_a_layer_force_it_stock(block: Block) -> None:
     model, stock = fast(build_tiny_model()), build_tiny_model()
     seen: list[int] = []
     handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
@@ -252,7 +258,7 @@ def test_hooks_inside_a_layer_force_it_stock(block: SpecBlock) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant: bool, block: SpecBlock) -> None:
+def test_gradient_checkpointing(reentrant: bool, block: Block) -> None:
     stock, model = build_tiny_model().train(), fast(build_tiny_model()).train()
     for m in (stock, model):
         m.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -269,7 +275,7 @@ def test_gradient_checkpointing(reentrant: bool, block: SpecBlock) -> None:
     assert block.recomputed == 2
 
 
-def test_gradient_checkpointing_of_a_layer_that_runs_stock(block: SpecBlock) -> None:
+def test_gradient_checkpointing_of_a_layer_that_runs_stock(block: Block) -> None:
     model, stock = fast(build_tiny_model()).train(), build_tiny_model().train()
     seen: list[int] = []
     for m in (stock, model):
@@ -282,7 +288,7 @@ def test_gradient_checkpointing_of_a_layer_that_runs_stock(block: SpecBlock) -> 
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_class_that_checkpoints_in_call_does_not(block: SpecBlock) -> None:
+def test_a_class_that_checkpoints_in_call_does_not(block: Block) -> None:
     class Older(nn.Identity):  # as transformers 5.17's GradientCheckpointingLayer
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             raise AssertionError("checkpointed")
@@ -297,7 +303,7 @@ def double(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_peft_before_and_after(first: bool, block: SpecBlock) -> None:
+def test_peft_before_and_after(first: bool, block: Block) -> None:
     expected = give_lora(build_tiny_model())
     if first:
         model = give_lora(fast(build_tiny_model()))
@@ -325,7 +331,7 @@ def test_peft_before_and_after(first: bool, block: SpecBlock) -> None:
     assert all(layer.fast for layer in report(model).layers)
 
 
-def test_saved_adapters_are_the_same(tmp_path: Path, block: SpecBlock) -> None:
+def test_saved_adapters_are_the_same(tmp_path: Path, block: Block) -> None:
     model, stock = give_lora(fast(build_tiny_model())), give_lora(build_tiny_model())
     for m, name in ((model, "fast"), (stock, "stock")):
         m.save_pretrained(tmp_path / name)
@@ -335,7 +341,7 @@ def test_saved_adapters_are_the_same(tmp_path: Path, block: SpecBlock) -> None:
     assert (tmp_path / "fast" / weights).read_bytes() == (tmp_path / "stock" / weights).read_bytes()
 
 
-def test_adapters_of_other_kinds_run_stock(block: SpecBlock) -> None:
+def test_adapters_of_other_kinds_run_stock(block: Block) -> None:
     from peft import IA3Config
 
     model = get_peft_model(
@@ -346,7 +352,7 @@ def test_adapters_of_other_kinds_run_stock(block: SpecBlock) -> None:
     assert "peft.tuners.ia3.layer.Linear" in reasons(model)[0]
 
 
-def test_a_layer_called_by_hand_runs_stock(block: SpecBlock) -> None:
+def test_a_layer_called_by_hand_runs_stock(block: Block) -> None:
     model = fast(build_tiny_model())
     hidden = torch.randn(1, 5, 64)
     angles = model.model.rotary_emb(hidden, torch.arange(5)[None])
@@ -356,7 +362,7 @@ def test_a_layer_called_by_hand_runs_stock(block: SpecBlock) -> None:
     assert block.calls == 0
 
 
-def test_ways_to_call(block: SpecBlock) -> None:
+def test_ways_to_call(block: Block) -> None:
     model = fast(build_tiny_model())
     expected = logits(model)
     mask = torch.ones_like(IDS)
@@ -373,7 +379,7 @@ def test_ways_to_call(block: SpecBlock) -> None:
         model(use_cache=False)
 
 
-def test_masks_that_are_not_understood_run_stock(block: SpecBlock) -> None:
+def test_masks_that_are_not_understood_run_stock(block: Block) -> None:
     model, stock = fast(build_tiny_model()), build_tiny_model()
     mask = torch.ones_like(IDS)
     mask[0, 5] = 0
@@ -384,7 +390,7 @@ def test_masks_that_are_not_understood_run_stock(block: SpecBlock) -> None:
     assert reasons(model)[0] == "an attention mask of its own making"
 
 
-def test_torch_compile_traces_stock_layers(block: SpecBlock) -> None:
+def test_torch_compile_traces_stock_layers(block: Block) -> None:
     model = fast(build_tiny_model())
     expected = logits(model)
     compiled = torch.compile(model, backend="eager")
@@ -392,7 +398,7 @@ def test_torch_compile_traces_stock_layers(block: SpecBlock) -> None:
     assert block.calls == 2
 
 
-def test_layers_under_another_caller_stay_stock(block: SpecBlock) -> None:
+def test_layers_under_another_caller_stay_stock(block: Block) -> None:
     model = build_tiny_model()
 
     class Mine(type(model.model)):  # type: ignore[misc]
@@ -404,10 +410,147 @@ def test_layers_under_another_caller_stay_stock(block: SpecBlock) -> None:
     )
 
 
-def test_data_types_and_moves(block: SpecBlock) -> None:
+def test_data_types_and_moves(block: Block) -> None:
     model = fast(build_tiny_model())
     model.half().float()
     assert logits(model).dtype == torch.float32
     model.to(torch.float64)
     assert logits(model).dtype == torch.float64
     assert block.calls == 4
+
+
+def step(model: nn.Module) -> tuple[float, dict[str, Tensor]]:
+    loss = logits(model).square().mean()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_step(model: nn.Module, expected: nn.Module) -> None:
+    (loss, gradients), (expected_loss, expected_gradients) = step(model), step(expected)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_training(lora: bool, block: Block) -> None:
+    """Steps, accumulation, gradients set to None and to zero, weights loaded and replaced in between."""
+    model, stock = (give_lora(build_tiny_model()) if lora else build_tiny_model() for _ in range(2))
+    fast(model)
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2) for m in (model, stock)]
+    for number in range(4):
+        same_step(model, stock)
+        if number % 2:  # every other step is made of two
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=number == 1)
+    state = {name: tensor + 0.01 for name, tensor in stock.state_dict().items()}
+    for m in (model, stock):
+        m.zero_grad()
+        m.load_state_dict(state)
+    same_step(model, stock)
+    for m in (model, stock):
+        m.zero_grad()
+        for parameter in m.parameters():
+            parameter.data = 0.9 * parameter.data  # as a merge does: views into a buffer are lost
+    same_step(model, stock)
+    assert report(model).fast_layers == 2
+
+
+def test_inference_first(block: Block) -> None:
+    model, stock = fast(give_lora(build_tiny_model())), give_lora(build_tiny_model())
+    for m in (model, stock):
+        with torch.inference_mode():
+            logits(m)
+        with torch.no_grad():
+            logits(m)
+    same_step(model, stock)
+    assert report(model).fast_layers == 2
+
+
+def test_adapters_cast_as_trl_does(block: Block) -> None:
+    """`param.data =` takes the adapter out of whatever buffer it was in, and its gradients' dtype with it."""
+    model = fast(give_lora(build_tiny_model()))
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    step(model)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.zero_grad()
+        for parameter in adapters:
+            parameter.data = parameter.data.to(dtype)
+        stock = give_lora(build_tiny_model())
+        for parameter, cast in zip([p for p in stock.parameters() if p.requires_grad], adapters):
+            parameter.data = cast.data.float()
+        loss, gradients = step(model)
+        assert {gradient.dtype for gradient in gradients.values()} == {dtype}
+        assert loss == pytest.approx(step(stock)[0], rel=0.02)
+
+
+def test_dropout(block: Block) -> None:
+    model = fast(give_lora(build_tiny_model(), lora_dropout=0.5)).train()
+    assert not torch.equal(logits(model), logits(model))
+    model.eval()
+    assert torch.equal(logits(model), logits(model))
+    torch.testing.assert_close(logits(model), logits(give_lora(build_tiny_model()).eval()), **CLOSE)
+
+
+def test_replicas_of_data_parallel_run_stock(block: Block) -> None:
+    model = fast(build_tiny_model())
+    model.model._is_replica = True
+    logits(model)
+    assert block.calls == 0
+    assert reasons(model)[0].startswith("a replica of nn.DataParallel")
+
+
+class TestWhatTheFusedBlockDoesNotServe:
+    """Runs stock, with the reason."""
+
+    @pytest.fixture(autouse=True)
+    def fused(self) -> Iterator[None]:
+        with block_in_place(CountedFused()):
+            yield
+
+    def check(self, model: Any, expected: str, layers: int = 2) -> None:
+        logits(model).square().mean().backward()
+        assert [expected in reason for reason in reasons(model)] == [True] * layers + [False] * (2 - layers)
+
+    def test_hooks_on_gradients(self) -> None:
+        model = fast(give_lora(build_tiny_model()))
+        seen: list[int] = []
+        parameter = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
+        for register in (parameter.register_hook, parameter.register_post_accumulate_grad_hook):
+            handle = register(lambda _: seen.append(1))
+            self.check(model, "a trained parameter has hooks on its gradient", layers=1)
+            handle.remove()
+        assert seen == [1, 1]
+        logits(model)
+        assert report(model).fast_layers == 2
+
+    def test_autocast_over_wider_weights(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            self.check(fast(give_lora(build_tiny_model())), "autocast to bfloat16 over weights in float32")
+
+    def test_norms_of_another_dtype(self) -> None:
+        model = build_tiny_model().bfloat16()
+        for name, module in model.named_modules():
+            if name.endswith("norm") and "layers" in name:
+                module.float()
+        assert accelerate(model, families=EVERY).fast_layers == 2
+        with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+            logits(model)  # as stock does
+        assert "norms in float32 between layers in bfloat16" in reasons(model)[0]
+
+    def test_dora(self) -> None:
+        self.check(fast(give_lora(build_tiny_model(), use_dora=True)), "has DoRA")
+
+    def test_several_adapters(self) -> None:
+        model = fast(give_lora(build_tiny_model()))
+        model.add_adapter("second", LoraConfig(target_modules=["q_proj"], r=2))
+        model.base_model.set_adapter(["default", "second"])
+        self.check(model, "several active adapters (default, second)")
+
+    def test_a_second_backward_is_refused(self) -> None:
+        loss = logits(fast(build_tiny_model())).square().mean()
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="asked for its gradient a second time"):
+            loss.backward()

@@ -95,6 +95,8 @@ def _plan(backbone: Any, state: BackboneState, arguments: Mapping[str, Any]) -> 
     odd = [name for name, value in arguments.items() if value is not None and name not in UNDERSTOOD]
     if odd:
         return Reason(f"the argument {odd[0]} is not understood")
+    if getattr(backbone, "_is_replica", False):
+        return Reason("a replica of nn.DataParallel, whose parameters are copies; launch with torchrun instead")
     if _wanted(backbone, arguments, "output_attentions"):
         return Reason("attention maps are asked for, which the fast path never has")
     if arguments.get("past_key_values") is not None or _caches(backbone, arguments):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,10 @@ class FusedBlock:
             seed = (torch.initial_seed() + generation) % 2**63
             kept = Kept(parts, ModelWeights(layers, seed=seed), generation)
         model = kept.weights
+        with _plain_tensors():
+            problems = model.refresh()
         handles: list[Handle | Reason] = []
-        for weights, problem in zip(model.layers, model.refresh()):
+        for weights, problem in zip(model.layers, problems):
             reason = Reason(problem) if problem is not None else _unserved(weights.state)
             handles.append(Handle(weights, model, model.rng) if reason is None else reason)
         return Prepared(handles, kept)
@@ -56,10 +59,21 @@ class FusedBlock:
         self, handle: Handle, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout,
         *, recompute: bool,
     ) -> Tensor:  # fmt: skip
-        return fused_layer(
-            hidden_states, cos, sin, layout, handle.weights, handle.model.gradients,
-            policy="recompute_layer" if recompute else "keep", rng=handle.rng,
-        )  # fmt: skip
+        with _plain_tensors():
+            return fused_layer(
+                hidden_states, cos, sin, layout, handle.weights, handle.model.gradients,
+                policy="recompute_layer" if recompute else "keep", rng=handle.rng,
+            )  # fmt: skip
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Buffers made under `torch.inference_mode` could not be written to in training."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _unserved(state: LayerState) -> Reason | None:
