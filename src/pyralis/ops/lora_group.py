@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -74,53 +75,56 @@ class Run:
         return slice(self.column, self.column + self.count * self.like.rank)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoraGroup:
-    """Projections that share their input. `dora`: every adapter has a magnitude vector (`lora_dora.py`)."""
+    """Projections that share their input. `dora`: every adapter has a magnitude vector (`lora_dora.py`).
+
+    What follows from the fields is computed once: a layer asks for it some fifty times a step.
+    """
 
     in_features: int
     projections: tuple[LoraProjection, ...]
     dora: bool = False
 
-    @property
+    @cached_property
     def out_features(self) -> int:
         return sum(p.out_features for p in self.projections)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """R: the ranks of all projections together."""
         return sum(p.rank for p in self.projections)
 
-    @property
+    @cached_property
     def pad(self) -> int:
         """P: LoRA columns of wide matrices, R and then zeros, so that whole rows are multiples of `COLUMNS`."""
         return cdiv(self.in_features + self.rank, COLUMNS) * COLUMNS - self.in_features if self.rank else 0
 
-    @property
+    @cached_property
     def width(self) -> int:
         """K + P."""
         return self.in_features + self.pad
 
-    @property
+    @cached_property
     def has_dropout(self) -> bool:
         return any(p.threshold for p in self.projections)
 
-    @property
+    @cached_property
     def rows(self) -> tuple[slice, ...]:
         """Where each projection's output features lie among N."""
         return _slices([p.out_features for p in self.projections])
 
-    @property
+    @cached_property
     def columns(self) -> tuple[slice, ...]:
         """Where each projection's rank lies among P."""
         return _slices([p.rank for p in self.projections])
 
-    @property
+    @cached_property
     def adapted(self) -> tuple[int, ...]:
         """The projections that have adapters."""
         return tuple(j for j, p in enumerate(self.projections) if p.rank)
 
-    @property
+    @cached_property
     def runs(self) -> tuple[Run, ...]:
         found: list[Run] = []
         for index, j in enumerate(self.adapted):
