@@ -121,7 +121,7 @@ def test_restore_gives_stock_classes_back(block: Block) -> None:
     model = build_tiny_model()
     stock = [type(module) for module in model.modules()]
     logits(fast(model))
-    assert restore(model) == 3
+    assert restore(model) == 4
     assert [type(module) for module in model.modules()] == stock
     assert not any(FAST_STATE in vars(module) for module in model.modules())
     assert report(model).lines == ("2 of 2 layers stock: the model is not accelerated",)
@@ -183,7 +183,7 @@ def test_deepcopy_and_pickle(block: Block) -> None:
         nn.init.zeros_(other.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer.weight)
         assert not torch.equal(logits(other), expected), name
         assert torch.equal(logits(model), expected), f"{name} shares weights with the original"
-        assert restore(other) == 3
+        assert restore(other) == 4
 
 
 def test_hidden_states_and_attentions(block: Block) -> None:

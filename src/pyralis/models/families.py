@@ -28,6 +28,8 @@ class Family:
         partial_rotary: `partial_rotary_factor` of each head is rotated.
         residual_multiplier: both branches are multiplied by the layer's `residual_multiplier`.
         dropouts: names of the layer's dropout modules.
+        final_softcap: logits are capped by `config.final_logit_softcapping`, where that is a number.
+        logits_scaling: logits are divided by `config.logits_scaling`.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Family:
     partial_rotary: bool = False
     residual_multiplier: bool = False
     dropouts: tuple[str, ...] = ()
+    final_softcap: bool = False
+    logits_scaling: bool = False
 
     @property
     def source(self) -> str:
@@ -60,13 +64,19 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen2", "qwen2", "Qwen2", windows="layer"),
     Family("Qwen3", "qwen3", "Qwen3", windows="layer", qk_norm=True),
     Family("Gemma", "gemma", "Gemma", unit_offset=True),
-    Family("Gemma 2", "gemma2", "Gemma2", unit_offset=True, four_norms=True, windows="layer", softcap=True),
-    Family("Gemma 3", "gemma3", "Gemma3", unit_offset=True, four_norms=True, windows="layer", qk_norm=True),
+    Family(
+        "Gemma 2", "gemma2", "Gemma2", unit_offset=True, four_norms=True, windows="layer", softcap=True,
+        final_softcap=True,
+    ),
+    Family(
+        "Gemma 3", "gemma3", "Gemma3", unit_offset=True, four_norms=True, windows="layer", qk_norm=True,
+        final_softcap=True,
+    ),
     Family(
         "Phi-3", "phi3", "Phi3", fused=True, windows="config", partial_rotary=True,
         dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
     ),
-    Family("Granite", "granite", "Granite", residual_multiplier=True),
+    Family("Granite", "granite", "Granite", residual_multiplier=True, logits_scaling=True),
 )  # fmt: skip
 
 # Why other models' layers are not served, by the first words of their classes' names.

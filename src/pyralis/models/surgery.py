@@ -1,8 +1,9 @@
 """The seam between stock transformers and Pyralis's fast layers: `accelerate(model)` says, per layer, what runs.
 
-A decoder of a family in `PROVEN` is made fast: the decoder itself and its layers are swapped (`swap.py`), each layer
-that is understood (`detect.py`) then runs in the fused block, the others stock. All else stays as it is: parameters,
-state dicts, hooks, `generate`, PEFT (before or after), saving, copying. `restore` undoes it.
+A decoder of a family in `PROVEN` is made fast: its layers, the decoder itself and the causal LM around it are swapped
+(`swap.py`). Each layer that is understood (`detect.py`) then runs in the fused block, the others stock, and
+`causal_lm_loss` stores no logits. All else stays as it is: parameters, state dicts, hooks, `generate`, PEFT (before or
+after), saving, copying. `restore` undoes it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from pyralis.models import fast_path
+from pyralis.models.causal_lm import causal_lm_forward, family_of_model
 from pyralis.models.detect import Reason, detect_layer, family_of
 from pyralis.models.fast_path import backbone_forward, backbone_state, layer_forward
 from pyralis.models.layer_state import hooked_module, layer_state
@@ -78,6 +80,9 @@ def accelerate(
         swap(backbone, backbone_forward)
         for layer in layers:
             swap(layer, layer_forward)
+        for module in model.modules():
+            if family_of_model(module) is not None and getattr(module, "model", None) is backbone:
+                swap(module, causal_lm_forward)
     return _report(reasons)
 
 

@@ -1,0 +1,178 @@
+"""The training loss of a causal language model whose logits are never stored whole.
+
+`causal_lm_loss` calls the model, as it is wrapped (PEFT, DistributedDataParallel), with one more argument. The forward
+of a fast causal LM (`accelerate` swaps it with its decoder) finds it there and goes from the last hidden states to the
+loss, a chunk of rows at a time (`ops/linear_cross_entropy.py`). Everywhere else, and where the head is not a plain
+linear layer, logits are made by the stock model and the loss is made from them: it is the same loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from pyralis.models.detect import Reason
+from pyralis.models.families import FAMILIES, Family
+from pyralis.models.layer_state import HOOKS
+from pyralis.models.layout import HINTS
+from pyralis.models.modules import Unlike, expect_class, expect_members_of_leaf
+from pyralis.models.swap import is_fast, stock_class
+from pyralis.ops.cross_entropy import cross_entropy
+from pyralis.ops.linear_cross_entropy import linear_cross_entropy
+
+__all__ = ["causal_lm_forward", "causal_lm_loss", "family_of_model", "head_reason"]
+
+REQUEST = "pyralis_loss"
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class LossRequest:
+    labels: Tensor  # [B, S] int64, not shifted
+    num_items: Tensor | float | None
+    label_smoothing: float
+    supervised_rows: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """logits = softcap(logit_scale * (hidden @ weight^T + bias))"""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+def causal_lm_loss(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    num_items: Tensor | float | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    supervised_rows: int | None = None,
+) -> Tensor:
+    """The cross entropy of the next tokens, summed over the supervised ones, over `num_items`: a float32 scalar.
+
+    Args:
+        model: a causal LM as it is called, inside whatever wraps it.
+        inputs: the other arguments of its forward. No cache is made.
+        labels: [B, S] int64, -100 where nothing is learnt; labels[:, t] is what position t - 1 predicts.
+        num_items: by default the number of supervised tokens. 0 counts as 1.
+        supervised_rows: how many labels[:, 1:] are not -100, if the CPU knows: others then never reach the head.
+    """
+    request = LossRequest(labels, num_items, label_smoothing, supervised_rows)
+    arguments = {**inputs, "use_cache": False}
+    if is_fast(_causal_lm(model)):
+        return model(**arguments, **{REQUEST: request}).loss
+    hints = [name for name in HINTS if name in arguments]
+    return _loss_of_logits(model(**{k: v for k, v in arguments.items() if k not in hints}).logits, request)
+
+
+def head_reason(model: nn.Module) -> Reason | None:
+    """Why the model's logits are stored whole in training; None if they are not."""
+    causal: Any = _causal_lm(model)
+    if not is_fast(causal):
+        return Reason("the model is not accelerated")
+    head = _head(causal)
+    return head if isinstance(head, Reason) else None
+
+
+def family_of_model(model: nn.Module) -> Family | None:
+    """The family whose causal LM this is, by its class."""
+    cls = stock_class(type(model))
+    return next((f for f in FAMILIES if (cls.__module__, cls.__name__) == (f.source, f"{f.prefix}ForCausalLM")), None)
+
+
+def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of the causal LM, in place of its class's."""
+    stock: Any = stock_class(type(self))
+    request: LossRequest | None = kwargs.pop(REQUEST, None)
+    if request is None:
+        return stock.forward(self, *args, **kwargs)
+    head = _head(self)
+    if isinstance(head, Reason):
+        return CausalLMOutputWithPast(loss=_loss_of_logits(stock.forward(self, *args, **kwargs).logits, request))
+    arguments = dict(zip(_parameters(stock), args)) | kwargs
+    for name in ("labels", "logits_to_keep"):  # the head's, not the decoder's
+        arguments.pop(name, None)
+    hidden, weight, bias = _alike(self.model(**arguments).last_hidden_state, head.weight, head.bias)
+    labels = _shifted(request.labels)
+    rows = request.supervised_rows
+    if rows is None and labels.device.type == "cpu":
+        rows = int((labels != IGNORE_INDEX).sum())
+    loss = linear_cross_entropy(
+        hidden, weight, labels, bias=bias, num_items=request.num_items, supervised_rows=rows,
+        softcap=head.softcap, logit_scale=head.logit_scale, label_smoothing=request.label_smoothing,
+    )  # fmt: skip
+    return CausalLMOutputWithPast(loss=loss)
+
+
+def _head(causal: Any) -> Head | Reason:
+    family = family_of_model(causal)
+    assert family is not None, "swapped without a family"
+    module, config = causal.lm_head, causal.config
+    if isinstance(module, ModulesToSaveWrapper):  # trained whole, beside the original
+        saved = [name for name in module.active_adapters if name in module.modules_to_save]
+        whole = not module.disable_adapters and saved
+        module = module.modules_to_save[saved[0]] if whole else module.original_module
+    try:
+        linear: Any = expect_class(module, "torch.nn.modules.linear", "Linear", "lm_head")
+        expect_members_of_leaf(linear, {"weight", "bias"}, "lm_head")
+    except Unlike as error:
+        return Reason(str(error))
+    if any(vars(linear)[name] for name in HOOKS):
+        return Reason("lm_head has hooks, which would not be called")
+    if type(linear.weight.data) is not Tensor or linear.weight.shape != (linear.out_features, linear.in_features):
+        return Reason("the weight of lm_head is sharded")
+    softcap = config.final_logit_softcapping if family.final_softcap else None
+    return Head(linear.weight, linear.bias, softcap, 1 / config.logits_scaling if family.logits_scaling else 1.0)
+
+
+def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype that autocast would have them multiplied in."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _loss_of_logits(logits: Tensor, request: LossRequest) -> Tensor:
+    labels, smoothing = _shifted(request.labels), request.label_smoothing
+    items: Any = request.num_items
+    return cross_entropy(logits, labels, num_items=items, label_smoothing=smoothing)
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    """What each position is to predict."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _causal_lm(model: Any) -> nn.Module:
+    """The causal LM inside DistributedDataParallel, torch.compile and PEFT."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, PeftModel):
+            if model.active_peft_config.is_prompt_learning:  # adds tokens that the labels know nothing of
+                return model
+            model = model.get_base_model()
+        else:
+            return model
+
+
+@cache
+def _parameters(stock: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(stock.forward).parameters)[1:]
