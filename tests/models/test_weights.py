@@ -152,6 +152,7 @@ def test_moved_adapters_are_found() -> None:
     change(model, lambda p: p.data.bfloat16())  # TRL does so to QLoRA's
     got = fused.run(batch)
     assert {grad.dtype for grad in got.grads.values()} == {torch.bfloat16}
+    assert len({p.grad.untyped_storage().data_ptr() for p in fused.weights.parameters if p.grad is not None}) == 1
     model.zero_grad()
     change(model, lambda p: p.data.float())
     assert_close(fused.run(batch), truth_of(model, batch), batch.real)

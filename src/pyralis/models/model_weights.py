@@ -13,7 +13,7 @@ from pyralis.models.arena import Workspace
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.group_state import LayoutOptions
 from pyralis.models.spec import LayerSpec
-from pyralis.models.weights import LayerWeights
+from pyralis.models.weights import LayerState, LayerWeights
 from pyralis.ops.dropout_mask import advance, new_rng
 
 
@@ -34,6 +34,7 @@ class ModelWeights:
     def _forget(self) -> None:
         self._gradients: FlatGradients | None = None
         self._given = False
+        self._states: list[LayerState | None] = []
         self._counter: Tensor | None = None
         self.rng: Tensor | None = None
 
@@ -83,9 +84,10 @@ class ModelWeights:
             if targets:
                 torch._foreach_copy_(targets, sources)
             self._draw()
-        if self._gradients is not None and not self._given:
-            known = set(map(id, self._gradients.parameters))
-            if not all(id(p) in known for p in self.parameters):
+        states = [layer.state if layer.served else None for layer in self.layers]
+        if states != self._states:
+            self._states = states
+            if self._gradients is not None and not self._given and not self._gradients.serves(self.parameters):
                 self._gradients = None
         return reasons
 
