@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -291,6 +292,15 @@ def test_autocast_changes_nothing() -> None:
     y.backward(batch.dy.float())
     assert torch.equal(plain.y, y)
     assert torch.equal(plain.dx, x.grad)  # type: ignore[arg-type]
+
+
+def test_the_gradient_of_a_sum() -> None:
+    """Its strides are all 0."""
+    model, batch = build("llama"), make_batch("full")
+    fused, ones = Fused(model), replace(batch, dy=torch.ones_like(batch.dy))
+    x = batch.x.float().requires_grad_()
+    fused.forward(x, batch).sum().backward()
+    assert relative_error(x.grad, truth_of(model, ones).dx) <= 1e-5  # type: ignore[arg-type]
 
 
 def test_one_table_of_angles_serves_all_rows() -> None:

@@ -76,13 +76,13 @@ def read_linear(module: Any, projection: Projection) -> LinearState:
     """
     base, adapter = module, None
     if isinstance(module, LoraLinear) or _is_four_bit_lora(module):
-        base, adapter = module.base_layer, _active_adapter(module, projection)
+        base, adapter = module._modules["base_layer"], _active_adapter(module, projection)
     if not (type(base) is nn.Linear or is_four_bit(base)):
         raise ModelError(
             f"{projection.path} is a {type(base).__module__}.{type(base).__name__}; the fused block takes nn.Linear, "
             "bitsandbytes' Linear4bit and PEFT's LoRA on them"
         )
-    if (base.bias is not None) != projection.bias:
+    if (base._parameters["bias"] is not None) != projection.bias:
         raise ModelError(
             f"{projection.path} has {'a' if base.bias is not None else 'no'} bias, its spec says otherwise"
         )
@@ -95,7 +95,9 @@ def _is_four_bit_lora(module: nn.Module) -> bool:
 
 
 def _check_weight(base: Any, projection: Projection) -> None:
-    weight = base.weight
+    weight = base._parameters["weight"]
+    if type(weight) is nn.Parameter and tuple(weight.shape) == (projection.out_features, projection.in_features):
+        return
     if type(weight.data) is not Tensor and not is_four_bit(base):
         raise ModelError(f"the weight of {projection.path} is a {type(weight.data).__name__}, a sharded or wrapped one")
     expected = (projection.out_features, projection.in_features)
@@ -109,14 +111,16 @@ def _check_weight(base: Any, projection: Projection) -> None:
 
 
 def _active_adapter(module: Any, projection: Projection) -> Adapter | None:
-    path = projection.path
+    """Submodules are looked up where `nn.Module` keeps them: by attribute they cost a microsecond each, every step."""
+    path, modules = projection.path, module._modules
     if module.disable_adapters:
         if module.merged:
             raise ModelError(f"the adapters of {path} are merged and disabled; PEFT unmerges them in its own forward")
         return None
     if module.merged:
         return None
-    names = [name for name in module.active_adapters if name in module.lora_A]
+    lora_A = modules["lora_A"]._modules
+    names = [name for name in module.active_adapters if name in lora_A]
     if not names:
         return None
     if len(names) > 1:
@@ -127,19 +131,19 @@ def _active_adapter(module: Any, projection: Projection) -> Adapter | None:
         raise ModelError(f"{path} has {kind}; the fused block takes plain LoRA")
     if getattr(module, "fan_in_fan_out", False):
         raise ModelError(f"{path} has fan_in_fan_out; the fused block takes weights of [out, in]")
-    A: Any = module.lora_A[name]
-    B: Any = module.lora_B[name]
-    dropout = module.lora_dropout[name]
+    A, B = lora_A[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
     if (type(A), type(B)) != (nn.Linear, nn.Linear):
         raise ModelError(f"{path}: lora_A and lora_B are {type(A).__name__} and {type(B).__name__}, expected nn.Linear")
     if type(dropout) not in (nn.Dropout, nn.Identity):
         raise ModelError(f"{path}: lora_dropout is {type(dropout).__name__}, expected nn.Dropout")
-    if A.weight.shape[0] > MAX_RANK:
-        raise ModelError(f"{path}: the LoRA rank is {A.weight.shape[0]}, the fused block takes up to {MAX_RANK}")
+    weight_A, in_B = A._parameters["weight"], B._parameters
+    if weight_A.shape[0] > MAX_RANK:
+        raise ModelError(f"{path}: the LoRA rank is {weight_A.shape[0]}, the fused block takes up to {MAX_RANK}")
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     if p >= 1:
         raise ModelError(f"{path}: lora_dropout = {p}; expected a number below 1")
-    return Adapter(A.weight, B.weight, B.bias, float(module.scaling[name]), p)
+    return Adapter(weight_A, in_B["weight"], in_B["bias"], float(module.scaling[name]), p)
 
 
 def compute_dtype(states: list[LinearState], fallback: torch.dtype) -> torch.dtype:

@@ -58,6 +58,8 @@ def fused_layer(
     """
     state = weights.state
     flat = FlatGradients(()) if gradients is None else gradients
+    if rng is not None and rng.device != hidden_states.device:
+        rng = rng.to(hidden_states.device)  # a model over several devices
     cos, sin = (table.reshape(-1, table.shape[-1]) for table in (cos, sin))
     call = _Call(weights, Context(weights.spec, state, cos, sin, rng), layout, flat, policy, store)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or state.parameters):
@@ -67,10 +69,17 @@ def fused_layer(
 
 
 def _forward(hidden_states: Tensor, call: _Call) -> tuple[Tensor, Activations]:
-    context = call.context.with_matrices(call.weights)
+    context = call.context
+    context.matrices = call.weights.matrices(context.state)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     y, activations = block_forward(context, rows, call.layout)
     return y.view(hidden_states.shape), activations
+
+
+def _rows(grad: Tensor) -> Tensor:
+    """[T, H] with contiguous rows, which that of a sum is not."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -104,11 +113,12 @@ class _FusedLayer(torch.autograd.Function):
                 "Call backward once for each forward, or use `acceleration: off`."
             )
         x = call.store.get(ctx.handle) if ctx.handle is not None and call.store is not None else ctx.saved_tensors[0]
-        H = ctx.shape[-1]
+        H, context = ctx.shape[-1], call.context
         with _no_autocast(grad):
+            context.matrices = call.weights.matrices(context.state)
             dx = block_backward(
-                call.context.with_matrices(call.weights), activations, x.reshape(-1, H), call.layout, call.flat,
-                grad.reshape(-1, H), call.policy,
+                context, activations, x.reshape(-1, H), call.layout, call.flat,
+                _rows(grad), call.policy,
             )  # fmt: skip
         wanted = dx.view(ctx.shape) if ctx.needs_input_grad[0] else None
         return wanted, None, *(None for _ in ctx.needs_input_grad[2:])

@@ -96,9 +96,9 @@ def kept(a: Activations, c: Context, policy: SavePolicy) -> Activations:
     if a.qk_saved is not None and not keep:
         nothing = attention.q[:0]
         attention = replace(attention, q=nothing.clone(), k=nothing.clone())
-    return replace(
-        a, x=None, y1=y1, xa1=xa1, y2=y2, xa3=xa3, product=product, xa4=xa4, attention=attention
-    )  # fmt: skip
+    a.x, a.y1, a.xa1, a.y2, a.xa3, a.product, a.xa4 = None, y1, xa1, y2, xa3, product, xa4
+    a.attention = attention
+    return a
 
 
 def _input(

@@ -5,7 +5,7 @@ Shapes: T tokens, H hidden size, K and N a group's input and output features, P 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from pyralis.models.gradients import FlatGradients, GroupGradients
 from pyralis.models.group_state import GroupState
 from pyralis.models.spec import LayerSpec, NormSpec
-from pyralis.models.weights import LayerState, LayerWeights
+from pyralis.models.weights import LayerState
 from pyralis.ops.attention_parts import Saved as SavedAttention
 from pyralis.ops.gemm import gemm
 from pyralis.ops.layer_norm import layer_norm_backward, layer_norm_forward
@@ -50,20 +50,16 @@ class Activations:
     d_stats: Stats = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Context:
-    """What does not change between a forward and its backward."""
+    """What does not change between a forward and its backward, but for `matrices`, which are asked for anew."""
 
     spec: LayerSpec
     state: LayerState
     cos: Tensor
     sin: Tensor
     rng: Tensor | None
-    matrices: tuple[Tensor, ...] = field(default=())
-
-    def with_matrices(self, weights: LayerWeights) -> Context:
-        """Ready to compute, until another layer asks for its matrices."""
-        return replace(self, matrices=weights.matrices(self.state))
+    matrices: tuple[Tensor, ...] = ()
 
     def qk_norm(self) -> QKNorm | None:
         q, k = self.spec.q_norm, self.spec.k_norm
@@ -182,13 +178,13 @@ def linear_backward(
     x [T, K or K + P]: only for dropout, whose one pass over x yields dA and dx.
     """
     g = group.group
-    gradients = GroupGradients(flat, g, group.trained, dy)
+    gradients = GroupGradients.of(flat, g, group.trained, dy)
     dx_wide = torch.empty((len(dy), g.width), dtype=matrix.dtype, device=dy.device)
     A = dx_wide[:0, : g.in_features] if group.A is None else group.A
     dropout = rng is not None and g.has_dropout
     lora, deferred = gradients.lora, None
     if not dropout:
-        lora, deferred = replace(gradients.lora, A=None), gradients.lora.A
+        lora, deferred = gradients.without_A, gradients.lora.A
     x = dx_wide if x is None else x  # not read without dropout
     lora_backward(
         g, dy, matrix, x[:, : g.in_features], dy[:, :0] if xa is None else xa, A, lora,

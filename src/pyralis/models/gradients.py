@@ -155,6 +155,7 @@ class GroupGradients:
             self.bias = torch.zeros(group.out_features, dtype=dtype, device=like.device)
         B = [None if p is None else targets[id(p)] for p in trained.B]
         self.lora = LoraGradients(A, B, self.bias, accumulate=self.add)
+        self.without_A = LoraGradients(None, B, self.bias, accumulate=self.add)
 
     def _stacked_A(
         self, targets: dict[int, Tensor], dtype: torch.dtype, device: torch.device
@@ -173,6 +174,7 @@ class GroupGradients:
         """The same places, added to."""
         twin = copy.copy(self)
         twin.add, twin.lora = True, replace(self.lora, accumulate=True)
+        twin.without_A = replace(self.without_A, accumulate=True)
         return twin
 
     def weights(self, dy: Tensor, x: Tensor) -> None:
