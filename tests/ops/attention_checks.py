@@ -65,7 +65,8 @@ def stock_attention(spec: AttentionSpec, layout: AttentionLayout, *, eager: bool
 def causal_by_sequence(spec: AttentionSpec, layout: AttentionLayout) -> Callable[..., Tensor]:
     """What transformers runs on whole sequences without a mask: SDPA with `is_causal`, here one sequence at a time.
 
-    In float32 a mask would change torch's choice: rows that are not a multiple of 4 go to the exact math backend.
+    K and V are expanded, as transformers does where SDPA takes no groups. In float32 a mask, or groups, would lead torch
+    to its exact math backend, whose rounding error is half of the memory-efficient kernel's (1.6e-5 against 2.9e-5).
     """
     if layout.cu_seqlens is None:
         lengths = [layout.seq] * layout.batch
@@ -74,9 +75,10 @@ def causal_by_sequence(spec: AttentionSpec, layout: AttentionLayout) -> Callable
 
     def run(*qkv: Tensor) -> Tensor:
         outs = []
-        for q, k, v in zip(*(t.view(layout.tokens, -1, spec.head_dim).split(lengths) for t in qkv)):
-            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=spec.group > 1)
+        for parts in zip(*(t.view(layout.tokens, -1, spec.head_dim).split(lengths) for t in qkv)):
+            q, k, v = (t.transpose(0, 1)[None] for t in parts)
+            k, v = (t.repeat_interleave(spec.group, 1) for t in (k, v))
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale)
             outs.append(out[0].transpose(0, 1).reshape(-1, spec.num_heads * spec.head_dim))
         return torch.cat(outs)
 
