@@ -180,6 +180,7 @@ class Fused:
     def __init__(self, model: Any, *, options: LayoutOptions | None = None, seed: int = 0) -> None:
         self.model, self.backbone, self.specs = model, decoder(model), specs_of(model)
         options = LayoutOptions(concatenate=True) if options is None else options
+        self.autocast: torch.dtype | None = None
         self.weights = ModelWeights(list(zip(self.backbone.layers, self.specs)), options=options, seed=seed)
 
     def forward(
@@ -187,7 +188,7 @@ class Fused:
         store: InputStore | None = None,
     ) -> Tensor:  # fmt: skip
         if refresh:
-            assert self.weights.refresh() == [None] * len(self.specs)
+            assert self.weights.refresh(self.autocast) == [None] * len(self.specs)
         for index, layer in enumerate(self.weights.layers):
             x = fused_layer(
                 x, *angles(self.backbone, index, x, batch.positions), batch.layout, layer, self.weights.gradients,

@@ -281,7 +281,7 @@ def test_a_float32_residual_stream_over_a_bfloat16_base() -> None:
     assert wide["dx"] < narrow["dx"]
 
 
-def test_autocast_changes_nothing() -> None:
+def test_autocast_that_is_not_heeded_changes_nothing() -> None:
     model, batch = build("llama"), make_batch("full")
     fused = Fused(model)
     plain = fused.run(batch)
@@ -292,6 +292,32 @@ def test_autocast_changes_nothing() -> None:
     y.backward(batch.dy.float())
     assert torch.equal(plain.y, y)
     assert torch.equal(plain.dx, x.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("lora", [ALL, None], ids=["lora", "full"])
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3", "gemma2", "phi3"])
+def test_float32_masters_under_autocast(family: str, lora: LoraConfig | None, resident: bool) -> None:
+    """All weights and the residual stream in float32, products in bfloat16; twice, with an update in between."""
+    model, batch = build(family, lora), make_batch("full")
+    fused = Fused(model, options=LayoutOptions(concatenate=True, resident=resident))
+    fused.autocast = torch.bfloat16
+    for _ in range(2):
+        truth = truth_of(model, batch)
+        model.zero_grad()
+        ours = errors(fused.run(batch), truth)
+        stock = copy.deepcopy(model)
+        stock.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = errors(run_stock(stock, batch, dtype=torch.float32, specs=fused.specs), truth)
+        total, limit = (sum(e**2 for e in found.values()) ** 0.5 for found in (ours, theirs))
+        assert total <= 1.5 * limit
+        assert ours["y"] <= 1.5 * theirs["y"]
+        assert ours["dx"] <= 1.5 * theirs["dx"]
+        with torch.no_grad():
+            for parameter in decoder(model).layers.parameters():
+                parameter.mul_(0.9)
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def test_the_gradient_of_a_sum() -> None:

@@ -19,6 +19,8 @@ from pyralis.errors import ModelError
 from pyralis.models.spec import Projection
 from pyralis.ops.lora_group import MAX_RANK
 
+AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
@@ -146,8 +148,10 @@ def _active_adapter(module: Any, projection: Projection) -> Adapter | None:
     return Adapter(weight_A, in_B["weight"], in_B["bias"], float(module.scaling[name]), p)
 
 
-def compute_dtype(states: list[LinearState], fallback: torch.dtype) -> torch.dtype:
-    """The dtype that products are made in: of plain weights, or as the 4-bit layers say (`fallback` if they do not).
+def compute_dtype(states: list[LinearState], fallback: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """The dtype that products are made in.
+
+    Of plain weights, autocast's if it is on, else their own; of 4-bit ones what they say, `fallback` if they do not.
 
     Raises ModelError where the layers differ, in dtype or in kind.
     """
@@ -158,4 +162,5 @@ def compute_dtype(states: list[LinearState], fallback: torch.dtype) -> torch.dty
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         raise ModelError(f"the linear layers of a decoder layer compute in different dtypes: {names}")
-    return dtypes.pop()
+    dtype = dtypes.pop()
+    return dtype if autocast is None or True in kinds or dtype not in AUTOCAST_FROM else autocast

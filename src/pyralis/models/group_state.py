@@ -20,10 +20,10 @@ class LayoutOptions:
     """How weights are laid out.
 
     Attributes:
-        concatenate: B beside W. None: never beside plain weights, and beside 4-bit ones where the GPU gains by it at
-            `tokens`, of a usual micro-batch (`concatenates`). Plain weights with room for B between their rows are not
-            contiguous, and stock `save_pretrained` of the whole model then fails: `release` them before it.
-        resident: keep dequantised 4-bit weights instead of dequantising them for each use.
+        concatenate: B beside W. None: never beside plain weights, and beside 4-bit and cast ones where the GPU gains by
+            it at `tokens`, of a usual micro-batch (`concatenates`). Plain weights with room for B between their rows
+            are not contiguous, and stock `save_pretrained` of the whole model then fails: `release` them before it.
+        resident: keep dequantised and cast weights instead of making them for each use.
     """
 
     concatenate: bool | None = None
@@ -71,7 +71,8 @@ def build_group(
     trains_base = any(w.requires_grad for w in weights)
     chosen = options.concatenate
     if chosen is None:
-        chosen = linears[0].four_bit and concatenates(group, options.tokens, gpu_of(device), dtype.itemsize)
+        is_copied = linears[0].four_bit or dtype != weights[0].dtype
+        chosen = is_copied and concatenates(group, options.tokens, gpu_of(device), dtype.itemsize)
     wide = chosen and group.rank > 0 and not trains_base
     copies = None if wide or not group.rank else tuple(
         None if a is None else torch.empty(a.B.shape, dtype=dtype, device=device) for a in adapters

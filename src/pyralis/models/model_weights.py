@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pyralis.errors import ModelError
-from pyralis.models.arena import Workspace
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.group_state import LayoutOptions
 from pyralis.models.spec import LayerSpec
 from pyralis.models.weights import LayerState, LayerWeights
+from pyralis.models.workspace import Workspace
 from pyralis.ops.dropout_mask import advance, new_rng
 
 
@@ -65,9 +65,10 @@ class ModelWeights:
         for layer in self.layers:
             layer.release()
 
-    def refresh(self) -> list[str | None]:
+    def refresh(self, autocast: torch.dtype | None = None) -> list[str | None]:
         """At the start of each forward of the model: for each layer None, or why the fused block does not serve it now.
 
+        autocast: autocast's dtype where it is on; plain weights of another are then multiplied in it, as stock does.
         Draws new dropout masks; a backward keeps those of its forward.
         """
         targets: list[Tensor] = []
@@ -75,7 +76,7 @@ class ModelWeights:
         reasons: list[str | None] = []
         for layer in self.layers:
             try:
-                layer.collect(targets, sources)
+                layer.collect(targets, sources, autocast)
             except ModelError as error:
                 reasons.append(str(error))
             else:

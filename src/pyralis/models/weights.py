@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from pyralis.errors import ModelError
 from pyralis.models.adapters import LinearState, compute_dtype, read_linear
-from pyralis.models.arena import Base, DenseBase, FourBitBase, Workspace
+from pyralis.models.arena import Base, DenseBase
 from pyralis.models.group_state import GroupState, LayoutOptions, build_group, collect_group
 from pyralis.models.spec import LayerSpec, NormSpec
+from pyralis.models.workspace import CastBase, FourBitBase, Workspace, WorkspaceBase
 
 STREAMS = 16  # of dropout masks a layer, at least one for each adapter
 KEPT_STATES = 4  # training, evaluation, adapters disabled, a second adapter
@@ -33,6 +34,7 @@ class LayerState:
     attention_out: GroupState
     gate_up: GroupState
     down: GroupState
+    base: Base
     plan: Any  # of the base
     norms: dict[str, tuple[nn.Parameter, nn.Parameter | None]]  # by path: weight, bias
     parameters: tuple[nn.Parameter, ...]  # all that are trained
@@ -73,7 +75,7 @@ class LayerWeights:
         self._forget()
 
     def _forget(self) -> None:
-        self._base: Base | None = None
+        self._bases: dict[type, Base] = {}
         self._states: dict[Hashable, LayerState] = {}
         self._state: LayerState | None = None
         self._homes: dict[str, tuple[nn.Module, str]] = {}
@@ -106,8 +108,7 @@ class LayerWeights:
 
     def matrices(self, state: LayerState) -> tuple[Tensor, ...]:
         """Four matrices [N, K + P or K], valid until another layer asks for its own."""
-        assert self._base is not None
-        return self._base.matrices(state.groups, state.plan)
+        return state.base.matrices(state.groups, state.plan)
 
     @torch.no_grad()
     def release(self) -> None:
@@ -121,31 +122,34 @@ class LayerWeights:
                 weight.data = weight.data.clone(memory_format=torch.contiguous_format)
         self._forget()
 
-    def refresh(self) -> None:
-        """Read the modules and bring all copies up to date. Raises ModelError where the block does not serve them."""
+    def refresh(self, autocast: torch.dtype | None = None) -> None:
+        """Read the modules and bring all copies up to date. Raises ModelError where the block does not serve them.
+
+        autocast: the dtype that plain weights are multiplied in, where autocast is on and to be heeded.
+        """
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        self.collect(targets, sources)
+        self.collect(targets, sources, autocast)
         if targets:
             with torch.no_grad():
                 torch._foreach_copy_(targets, sources)
 
     @torch.no_grad()
-    def collect(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+    def collect(self, targets: list[Tensor], sources: list[Tensor], autocast: torch.dtype | None = None) -> None:
         """`refresh`, but what is left to copy is appended to the lists: one launch serves the layers of a model."""
         self._state = None
         linears = [read_linear(self._module(p.path), p) for p in self.spec.projections]
         norms = {norm.path: self._norm(norm) for norm in self.spec.norms}
-        key = self._key(linears, norms)
+        key = self._key(linears, norms, autocast)
         state = self._states.pop(key, None)
         if state is None:
-            state = self._build(linears, norms)
-            key = self._key(linears, norms)  # building moves plain weights
+            state = self._build(linears, norms, autocast)
+            key = self._key(linears, norms, autocast)  # building moves plain weights
         self._states[key] = self._state = state  # the last one used is the last one dropped
         while len(self._states) > KEPT_STATES:
             del self._states[next(iter(self._states))]
-        assert self._base is not None
-        self._base.adapters_changed()
+        for base in self._bases.values():
+            base.adapters_changed()
         for group in state.groups:
             collect_group(group, targets, sources)
 
@@ -163,23 +167,26 @@ class LayerWeights:
             raise ModelError(f"{norm.path} is a {type(module).__name__} without a weight of its own")
         return weight, module._parameters.get("bias")
 
-    def _key(self, linears: list[LinearState], norms: dict[str, Any]) -> Hashable:
+    def _key(self, linears: list[LinearState], norms: dict[str, Any], autocast: torch.dtype | None) -> Hashable:
         found = tuple((p.data_ptr(), p.requires_grad) for pair in norms.values() for p in pair if p is not None)
-        return tuple(linear.key for linear in linears), found
+        return tuple(linear.key for linear in linears), found, autocast
 
-    def _build(self, linears: list[LinearState], norms: dict[str, Any]) -> LayerState:
-        dtype = compute_dtype(linears, self.layer.get_parameter(f"{self.spec.input_norm.path}.weight").dtype)
+    def _build(self, linears: list[LinearState], norms: dict[str, Any], autocast: torch.dtype | None) -> LayerState:
+        dtype = compute_dtype(linears, norms[self.spec.input_norm.path][0].dtype, autocast)
         by_path = {linear.path: linear for linear in linears}
         groups, stream = [], self.index * STREAMS
         for parts in (self.spec.qkv, (self.spec.attention_out,), self.spec.gate_up, (self.spec.down,)):
             groups.append(build_group(parts, [by_path[p.path] for p in parts], dtype, stream, self.options))
             stream += len(parts)
-        kind = FourBitBase if linears[0].four_bit else DenseBase
-        if type(self._base) is not kind:
-            self._base = FourBitBase(self.workspace, self.options.resident) if linears[0].four_bit else DenseBase()
-        assert self._base is not None
-        plan = self._base.prepare(groups, dtype)
+        base = self._base_of(linears[0], dtype)
+        plan = base.prepare(groups, dtype)
         trained = [p for group in groups for p in group.trained.parameters]
         trained += [p for pair in norms.values() for p in pair if p is not None and p.requires_grad]
         qkv, attention_out, gate_up, down = groups
-        return LayerState(qkv, attention_out, gate_up, down, plan, norms, tuple(trained), dtype)
+        return LayerState(qkv, attention_out, gate_up, down, base, plan, norms, tuple(trained), dtype)
+
+    def _base_of(self, linear: LinearState, dtype: torch.dtype) -> Base:
+        kind: type[WorkspaceBase] = FourBitBase if linear.four_bit else CastBase
+        if not linear.four_bit and linear.base.weight.dtype == dtype:
+            return self._bases.setdefault(DenseBase, DenseBase())
+        return self._bases.setdefault(kind, kind(self.workspace, self.options.resident))

@@ -1,0 +1,156 @@
+"""Base weights whose values are made when they are needed: dequantised, or cast as autocast would cast them.
+
+All layers of a model take turns to use one workspace, in which a layer's four matrices [N, K + P] lie one after
+another; or a layer has one of its own (`resident`), in which they are kept between uses. LoRA's B goes beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyralis.models.adapters import LinearState
+from pyralis.models.group_state import GroupState
+from pyralis.ops.nf4_layer import LayerPlan, Placement, dequantize_layer
+from pyralis.ops.nf4_state import from_params4bit
+
+ALIGNMENT = 256  # elements between the starts of matrices: 512 bytes of bf16
+
+
+class Workspace:
+    """One buffer for each device and dtype, as large as the largest layer has needed."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.owners: dict[int, object] = {}  # by address: the plan whose matrices a buffer holds
+
+    def take(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        buffer = self._buffers.get((device, dtype))
+        if buffer is None or buffer.numel() < elements:
+            if buffer is not None:
+                self.owners.pop(buffer.data_ptr(), None)
+            buffer = self._buffers[device, dtype] = torch.empty(elements, dtype=dtype, device=device)
+        return buffer
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return Workspace, ()  # a copy has its own buffers, made when they are needed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkspacePlan:
+    arena: Tensor
+    matrices: tuple[Tensor, ...]  # [N, K + P], views of the arena
+    made_by: Any  # what the base needs to fill them
+
+
+class WorkspaceBase:
+    """What 4-bit and cast weights share. `fill` makes all of a layer's matrices, `refill` what a refresh may change."""
+
+    def __init__(self, workspace: Workspace, resident: bool) -> None:
+        self._workspace = Workspace() if resident else workspace
+        self._resident = resident
+        self._stale = True
+
+    def prepare(self, groups: Sequence[GroupState], dtype: torch.dtype) -> WorkspacePlan:
+        starts, end = [], 0
+        for state in groups:
+            starts.append(end)
+            end += -(-state.group.out_features * state.columns // ALIGNMENT) * ALIGNMENT
+        arena = self._workspace.take(end, dtype, groups[0].linears[0].base.weight.device)
+        matrices = tuple(
+            arena[start : start + state.group.out_features * state.columns].view(-1, state.columns)
+            for state, start in zip(groups, starts)
+        )
+        return WorkspacePlan(arena, matrices, self.plan(groups, matrices, arena))
+
+    def matrices(self, groups: Sequence[GroupState], plan: WorkspacePlan) -> tuple[Tensor, ...]:
+        owners, address = self._workspace.owners, plan.arena.data_ptr()
+        # a captured graph may be replayed after another layer has used the workspace
+        if owners.get(address) is not plan or (not self._resident and _capturing(plan.arena)):
+            self.fill(plan)
+        elif self._stale:
+            self.refill(plan)
+        owners[address], self._stale = plan, False
+        return plan.matrices
+
+    def adapters_changed(self) -> None:
+        self._stale = True
+
+    def plan(self, groups: Sequence[GroupState], matrices: Sequence[Tensor], arena: Tensor) -> Any:
+        raise NotImplementedError
+
+    def fill(self, plan: WorkspacePlan) -> None:
+        raise NotImplementedError
+
+    def refill(self, plan: WorkspacePlan) -> None:
+        raise NotImplementedError
+
+
+def _parts(
+    groups: Sequence[GroupState], matrices: Sequence[Tensor]
+) -> Iterator[tuple[LinearState, Tensor, Tensor | None, int]]:
+    """(linear layer, its rows [n, K + P] of a matrix, its B if it lies there, B's first column of the P)."""
+    for state, matrix in zip(groups, matrices):
+        for linear, B, rows, columns in zip(state.linears, state.adapter_B, state.group.rows, state.group.columns):
+            beside = state.wide and B is not None
+            yield linear, matrix[rows], B.detach() if beside and B is not None else None, columns.start if beside else 0
+
+
+class FourBitBase(WorkspaceBase):
+    """bitsandbytes' 4-bit weights, which stay where they are: a launch makes all matrices of a layer."""
+
+    def plan(
+        self, groups: Sequence[GroupState], matrices: Sequence[Tensor], arena: Tensor
+    ) -> tuple[LayerPlan, list[tuple[Tensor, torch.dtype]]]:
+        placements, rounded = [], []
+        for linear, rows, B, column in _parts(groups, matrices):
+            quantized = from_params4bit(linear.base.weight)
+            placements.append(Placement(quantized, rows, B, column))
+            if quantized.dtype not in (torch.float32, arena.dtype):  # bitsandbytes rounds to it on the way
+                rounded.append((rows[:, : quantized.shape[1]], quantized.dtype))
+        return LayerPlan.of(placements, arena), rounded
+
+    def fill(self, plan: WorkspacePlan) -> None:
+        layer, rounded = plan.made_by
+        dequantize_layer(layer, plan.arena)
+        for matrix, dtype in rounded:
+            matrix.copy_(matrix.to(dtype))
+
+    def refill(self, plan: WorkspacePlan) -> None:
+        dequantize_layer(plan.made_by[0], plan.arena, weights=False)
+
+
+class CastBase(WorkspaceBase):
+    """Plain weights of another dtype than products are made in, as float32 masters under autocast."""
+
+    def plan(
+        self, groups: Sequence[GroupState], matrices: Sequence[Tensor], arena: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        targets, sources = [], []
+        for linear, rows, B, column in _parts(groups, matrices):
+            weight = linear.base.weight.detach()
+            targets.append(rows[:, : weight.shape[1]])
+            sources.append(weight)
+            if B is not None:
+                targets.append(rows[:, weight.shape[1] + column :][:, : B.shape[1]])
+                sources.append(B)
+        room = [matrix[:, state.group.in_features :] for state, matrix in zip(groups, matrices) if state.wide]
+        return targets, sources, room
+
+    def fill(self, plan: WorkspacePlan) -> None:
+        targets, sources, room = plan.made_by
+        for columns in room:
+            columns.zero_()
+        torch._foreach_copy_(targets, sources)
+
+    def refill(self, plan: WorkspacePlan) -> None:
+        targets, sources, _ = plan.made_by
+        torch._foreach_copy_(targets, sources)
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
