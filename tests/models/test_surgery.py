@@ -488,7 +488,14 @@ def test_adapters_cast_as_trl_does(block: Block) -> None:
 
 def test_dropout(block: Block) -> None:
     model = fast(give_lora(build_tiny_model(), lora_dropout=0.5)).train()
-    assert not torch.equal(logits(model), logits(model))
+    state = torch.get_rng_state()
+    first, second = logits(model), logits(model)
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)  # as resuming does
+    assert torch.equal(logits(model), first)
+    restore(model)
+    fast(model)
+    assert torch.equal(logits(model), second)
     model.eval()
     assert torch.equal(logits(model), logits(model))
     torch.testing.assert_close(logits(model), logits(give_lora(build_tiny_model()).eval()), **CLOSE)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pyralis.models.block_protocol import Block
 from pyralis.models.detect import Reason
 from pyralis.models.fused import FusedBlock
-from pyralis.models.layer_state import layer_state, look_again
+from pyralis.models.layer_state import LayerState, look_again
 from pyralis.models.layout import HINTS, READ, BatchShape, batch_layout
 from pyralis.models.spec import LayerSpec
 from pyralis.models.swap import FAST_STATE, call_stock, is_checkpointed, stock_class
@@ -34,7 +34,7 @@ CALL = "pyralis_call"
 UNDERSTOOD = frozenset(
     {
         *READ, "input_ids", "inputs_embeds", "past_key_values", "use_cache", "cache_position", "output_attentions",
-        "output_hidden_states", "return_dict", "num_items_in_batch",
+        "output_hidden_states", "return_dict", "num_items_in_batch", "seq_idx",
     }
 )  # fmt: skip
 
@@ -114,19 +114,24 @@ def _plan(backbone: Any, state: BackboneState, arguments: Mapping[str, Any]) -> 
 def _prepare(backbone: Any, state: BackboneState) -> dict[int, Any]:
     """The handles of the layers that can be served now; the others' states get the reason."""
     served: list[tuple[nn.Module, LayerSpec]] = []
+    states: list[LayerState] = []
     for layer in backbone.layers:
-        spec = look_again(layer)
-        layer_state(layer).reason = spec if isinstance(spec, Reason) else None
-        if isinstance(spec, LayerSpec):
-            served.append((layer, spec))
+        state_of_layer, found = look_again(layer)
+        state_of_layer.reason = found if isinstance(found, Reason) else None
+        if isinstance(found, LayerSpec):
+            served.append((layer, found))
+            states.append(state_of_layer)
     if block is None or not served:
         return {}
     prepared = block.prepare(served, state.kept)
     state.kept = prepared.kept
-    for (layer, _), handle in zip(served, prepared.handles):
-        layer_state(layer).reason = handle if isinstance(handle, Reason) else None
-    ready = zip(served, prepared.handles)
-    return {id(layer): handle for (layer, _), handle in ready if not isinstance(handle, Reason)}
+    ready = {}
+    for (layer, _), layer_state, handle in zip(served, states, prepared.handles):
+        if isinstance(handle, Reason):
+            layer_state.reason = handle
+        else:
+            ready[id(layer)] = handle
+    return ready
 
 
 def _caches(backbone: Any, arguments: Mapping[str, Any]) -> bool:

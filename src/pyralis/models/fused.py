@@ -27,7 +27,6 @@ class Kept:
 
     parts: list[tuple[nn.Module, LayerSpec, tuple[nn.Module, ...]]]
     weights: ModelWeights
-    generation: int  # how often they were laid out anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +42,15 @@ class FusedBlock:
     def prepare(self, layers: Layers, kept: Kept | None) -> Prepared:
         parts = [(layer, spec, tuple(layer.children())) for layer, spec in layers]
         if kept is None or kept.parts != parts:
-            generation = 0 if kept is None else kept.generation + 1
-            seed = (torch.initial_seed() + generation) % 2**63
-            kept = Kept(parts, ModelWeights(layers, seed=seed), generation)
+            kept = Kept(parts, ModelWeights(layers))
         model = kept.weights
         with _plain_tensors():
             problems = model.refresh()
+            rng = None if model.rng is None else _drawn(model.rng)
         handles: list[Handle | Reason] = []
         for weights, problem in zip(model.layers, problems):
             reason = Reason(problem) if problem is not None else _unserved(weights.state)
-            handles.append(Handle(weights, model, model.rng) if reason is None else reason)
+            handles.append(Handle(weights, model, rng) if reason is None else reason)
         return Prepared(handles, kept)
 
     def run(
@@ -64,6 +62,12 @@ class FusedBlock:
                 hidden_states, cos, sin, layout, handle.weights, handle.model.gradients,
                 policy="recompute_layer" if recompute else "keep", rng=handle.rng,
             )  # fmt: skip
+
+
+def _drawn(rng: Tensor) -> Tensor:
+    """Where this call's dropout masks start, from torch's generator: `torch.manual_seed` and the random states that a
+    checkpoint holds say what is dropped, as they do in stock."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=rng.device)
 
 
 @contextmanager

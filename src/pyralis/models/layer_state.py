@@ -43,12 +43,12 @@ def layer_state(layer: Any) -> LayerState:
     return state
 
 
-def look_again(layer: nn.Module) -> LayerSpec | Reason:
+def look_again(layer: nn.Module) -> tuple[LayerState, LayerSpec | Reason]:
     """What the layer is as it stands, hooks considered, or why it has to run stock."""
     state = layer_state(layer)
     if isinstance(state.spec, LayerSpec) and any(state.hooks) and (hooked := hooked_module(layer)) is not None:
-        return Reason(f"{hooked} has hooks, which would not be called")
-    return state.spec
+        return state, Reason(f"{hooked} has hooks, which would not be called")
+    return state, state.spec
 
 
 def hooked_module(layer: nn.Module) -> str | None:

@@ -18,6 +18,7 @@ from torch import nn
 from pyralis.models import fast_path
 from pyralis.models.causal_lm import causal_lm_forward, family_of_model
 from pyralis.models.detect import Reason, detect_layer, family_of
+from pyralis.models.families import FAMILIES
 from pyralis.models.fast_path import backbone_forward, backbone_state, layer_forward
 from pyralis.models.layer_state import hooked_module, layer_state
 from pyralis.models.swap import STOCK_CLASS, fast_modules, is_fast, restore_module, stock_class, swap
@@ -30,7 +31,7 @@ __all__ = [
 Acceleration: TypeAlias = Literal["auto", "on", "off"]
 
 # The families (`families.py`) whose parity tests pass in full with the fused block.
-PROVEN: frozenset[str] = frozenset()
+PROVEN: frozenset[str] = frozenset(family.name for family in FAMILIES)
 
 
 @dataclass(frozen=True, slots=True)
