@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from torch import Tensor
 from pyralis.ops import lora_dropout
 from pyralis.ops._triton import Gpu, kernels_on_cpu
 from pyralis.ops.dropout_mask import advance, masked, new_rng, reference
-from pyralis.ops.lora_dropout import DotLaunch, project, project_backward, supported
+from pyralis.ops.lora_dropout import DotLaunch, Tile, project, project_backward, supported
 from pyralis.ops.lora_group import LoraGroup, LoraProjection, Run
 from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, random
 
@@ -36,7 +38,7 @@ def by_formula(run: Run, x: Tensor, A: Tensor, g: Tensor, dx: Tensor, rng: Tenso
     xa, dA, r = [], [], run.like.rank
     for j in range(run.count):
         a, gj = A[j * r : (j + 1) * r], g[:, j * r : (j + 1) * r]
-        keep = reference(rng, STREAM + j, *x.shape, run.like.threshold)
+        keep = reference(rng, STREAM + j, x.shape[0], x.shape[1], run.like.threshold)
         xd = (torch.where(keep, x, 0).double() * run.like.keep_scale).to(x.dtype)
         xa.append((xd @ a.t()) * run.like.scale)
         upstream = gj * run.like.scale
@@ -84,7 +86,7 @@ def test_project_and_backward(
 
 def test_splits_sum_to_the_whole(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many SMs: K is split in the forward, T in the backward, into parts that do not divide them."""
-    T, K, run = 150, 520, make_run(520, 4, 2)
+    T, K, run = 260, 264, make_run(264, 4, 2)
     rng, (x, A, g, dx) = new_rng(1, device), inputs(run, T, K, torch.bfloat16, device, 0)
     results = []
     for sm_count in (1, 132):
@@ -95,7 +97,7 @@ def test_splits_sum_to_the_whole(device: torch.device, monkeypatch: pytest.Monke
         results.append((xa, dA, grad))
     plan = DotLaunch.of(4)
     assert plan.forward_splits(run, T, K, 132) == 2
-    assert plan.backward_splits(T, K, 132) == 2
+    assert plan.backward_splits(run, T, K, 132) == 2
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
     assert torch.equal(results[0][2], results[1][2])
@@ -120,14 +122,23 @@ def test_deterministic(device: torch.device) -> None:
 
 @interpreted
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(T=st.integers(0, 40), K=st.integers(1, 150), rank=st.integers(1, 20), count=st.integers(1, 3))
-def test_any_shape(T: int, K: int, rank: int, count: int) -> None:
-    """The kernels with `tl.dot` against cuBLAS's way, on the CPU."""
+@given(
+    T=st.integers(0, 40),
+    K=st.integers(1, 150),
+    rank=st.integers(1, 20),
+    count=st.integers(1, 4),
+    together=st.integers(1, 3),
+    tile=st.sampled_from([Tile(16, 32, 4), Tile(32, 16, 4, 2), Tile(64, 64, 4)]),
+)
+def test_any_shape_and_launch(T: int, K: int, rank: int, count: int, together: int, tile: Tile) -> None:
+    """The kernels with `tl.dot` against cuBLAS's way, on the CPU; also four projections, more than a program serves."""
+    plan = replace(DotLaunch.of(rank), together=together, project=tile, grad_A=tile, grad_x=tile)
     run, rng = make_run(K, rank, count, dropout=0.4), new_rng(T, CPU)
     x, A, g, dx = inputs(run, T, K, torch.float16, CPU, K)
     results = []
     for enabled in (True, False):
-        with kernels_on_cpu(enabled):
+        with kernels_on_cpu(enabled), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DotLaunch, "of", lambda rank: plan)
             xa, dA, grad = torch.full((T, count * rank), torch.nan).half(), torch.full(A.shape, torch.nan), dx.clone()
             project(run, x, A, rng, STREAM, xa)
             project_backward(run, g, x, A, rng, STREAM, grad, dA)

@@ -82,17 +82,29 @@ def masked(
 
 
 @triton.jit
+def _times(a, b: tl.constexpr):
+    """(high, low) 32 bits of a product, by one instruction."""
+    wide = a.to(tl.uint64) * b
+    return (wide >> 32).to(tl.uint32), wide.to(tl.uint32)
+
+
+@triton.jit
 def keep_tile(seed, draw, stream, threshold, row, first, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
     """keep [BLOCK_T, BLOCK_K] of rows `row` and columns from `first` (a multiple of 8) on."""
-    block = first // 8 + tl.arange(0, BLOCK_K // 8)
-    c0 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.int32) + block[None, :]
-    c1 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.int32) + row.to(tl.int32)[:, None]
-    c2 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.int32) + stream
-    c3 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.int32) + draw.to(tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3, _ROUNDS)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # order of the last two dimensions: w0 w1, w2 w3 row by row
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(halves, [BLOCK_T, BLOCK_K]).to(tl.int32) >= threshold
+    c0 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.uint32) + (first // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.uint32)[None, :]
+    c1 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.uint32) + row.to(tl.uint32)[:, None]
+    c2 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.uint32) + stream.to(tl.uint32)
+    c3 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.uint32) + draw.to(tl.uint32)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        high0, low0 = _times(c0, 0xD2511F53)
+        high2, low2 = _times(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # order of the last two dimensions: c0 c1, c2 c3 row by row
+    halves = tl.join(words << 16, words)  # each in its upper 16 bits: what is below changes no comparison
+    return tl.reshape(halves, [BLOCK_T, BLOCK_K]) >= (threshold.to(tl.uint32) << 16)
 
 
 @triton.jit(do_not_specialize=["T", "stream", "threshold"])

@@ -4,8 +4,8 @@
     dA_j   = alpha_j g_j^T (keep_j * x)                      g_j = dy_j B_j
     dx    += alpha_j keep_j * (g_j A_j)
 
-Half precision from compute capability 8.0 on goes through the kernels with `tl.dot`, in which x is read once (the
-programs of several projections share its tiles in L2). Elsewhere x is copied with zeros and cuBLAS multiplies: an
+Half precision from compute capability 8.0 on goes through the kernels with `tl.dot`: a program loads a tile of x or dx
+once and draws the masks of up to three projections for it. Elsewhere x is copied with zeros and cuBLAS multiplies: an
 [T, K] workspace, and three passes over memory for each projection. Both draw the same masks, bit for bit.
 
 Shapes: T tokens, K features, r rank.
@@ -14,6 +14,7 @@ Shapes: T tokens, K features, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,32 +39,58 @@ _INTERPRET = tl.constexpr(INTERPRETED)
 
 
 @dataclass(frozen=True, slots=True)
-class DotLaunch:
-    """Tiles of the kernels with `tl.dot`, by rank."""
+class Tile:
+    """What a program holds of x or dx at a time, and how it is compiled."""
 
     block_t: int
     block_k: int
+    warps: int
+    stages: int = 1  # tiles loaded ahead through shared memory cost more instructions than other programs' work hides
+
+
+@dataclass(frozen=True, slots=True)
+class DotLaunch:
+    """Launches of the kernels with `tl.dot`, by rank. They are bound by the instructions that draw and apply masks.
+
+    together: the most projections (of 3) that a program serves. resident: warps that their registers leave on an SM,
+    for 1, 2 and 3 projections.
+    """
+
     block_r: int
-    forward_warps: int
-    num_stages: int
-    backward_warps: int = 8  # two products and masks at once: 4 warps need 240 registers a thread
+    together: int
+    project: Tile
+    grad_A: Tile
+    grad_x: Tile
+    resident: tuple[int, int, int]
 
     @classmethod
     def of(cls, rank: int) -> DotLaunch:
         block_r = max(16, next_power_of_2(rank))
-        small = block_r <= 64
-        stages = 3 if block_r <= 128 else 2  # 3 take 66 KiB of shared memory, gfx942 has 64
-        return cls(32 if small else 16, 128 if block_r <= 32 else 64, block_r, 4 if small else 8, stages)
+        square = Tile(64 if block_r <= 128 else 32, 64, 4 if block_r <= 32 else 8)
+        oblong = Tile(32, 128 if block_r <= 32 else 64, 4 if block_r <= 64 else 8)
+        resident = (28, 16, 12) if block_r == 16 else (16, 12, 8) if block_r == 32 else (16, 16, 16)
+        return cls(block_r, 3 if block_r <= 64 else 1, square, square, oblong, resident)
 
     def forward_splits(self, run: Run, T: int, K: int, sm_count: int) -> int:
-        """Parts of K summed afterwards, so that few tokens still fill the GPU twice."""
-        programs = max(run.count * cdiv(T, self.block_t), 1)
-        wanted = min(2 * sm_count // programs, cdiv(K, 4 * self.block_k), 8)
-        return 1 << max(wanted.bit_length() - 1, 0)
+        """Parts of K summed afterwards."""
+        tile = self.project
+        return self._splits(run, tile, cdiv(T, tile.block_t), cdiv(K, 4 * tile.block_k), sm_count)
 
-    def backward_splits(self, T: int, K: int, sm_count: int) -> int:
+    def backward_splits(self, run: Run, T: int, K: int, sm_count: int) -> int:
         """Parts of T summed afterwards."""
-        return max(min(cdiv(2 * sm_count, cdiv(K, self.block_k)), cdiv(T, 4 * self.block_t), 16), 1)
+        tile = self.grad_A
+        return self._splits(run, tile, cdiv(K, tile.block_k), cdiv(T, 4 * tile.block_t), sm_count)
+
+    def _splits(self, run: Run, tile: Tile, programs: int, most: int, sm_count: int) -> int:
+        """As many as the GPU runs at once: one program more would wait for a whole other to end."""
+        slots = sm_count * self.resident[min(run.count, self.together) - 1] // tile.warps
+        return max(min(slots // max(programs, 1), most, 16), 1)
+
+    def passes(self, run: Run, stream: int) -> Iterator[tuple[int, slice, int]]:
+        """(projections, their ranks among the run's, the stream of the first) of each launch."""
+        for j in range(0, run.count, self.together):
+            count = min(self.together, run.count - j)
+            yield count, slice(j * run.like.rank, (j + count) * run.like.rank), stream + j
 
 
 def supported(x: Tensor, *others: Tensor | None) -> str | None:
@@ -85,24 +112,27 @@ def project(
     workspace: [T, K] in x's dtype, written where the kernels with `tl.dot` do not run; allocated there if None.
     """
     T, K = x.shape
-    rank, alpha = run.like.rank, run.like.scale * run.like.keep_scale
+    rank, alpha, threshold = run.like.rank, run.like.scale * run.like.keep_scale, run.like.threshold
     if supported(x, A, out) is not None:
         kept = torch.empty((T, K), dtype=x.dtype, device=x.device) if workspace is None else workspace
         for j in range(run.count):
             part = slice(j * rank, (j + 1) * rank)
-            masked(x, rng, stream + j, run.like.threshold, kept)
+            masked(x, rng, stream + j, threshold, kept)
             out[:, part].addmm_(kept, A[part].t(), beta=0, alpha=alpha)
         return
     plan = DotLaunch.of(rank)
+    tile, ranks = plan.project, run.count * rank
     splits = plan.forward_splits(run, T, K, gpu_of(x.device).sm_count)
-    partial = None if splits == 1 else torch.empty((splits, T, run.count * rank), dtype=torch.float32, device=x.device)
-    span = cdiv(cdiv(K, plan.block_k), splits)
-    launch(
-        _project_kernel, (run.count, cdiv(T, plan.block_t), splits),
-        x, A, rng, out, partial, T, span, x.stride(0), A.stride(0), out.stride(0), stream, run.like.threshold, alpha,
-        device=x.device, num_warps=plan.forward_warps, num_stages=plan.num_stages,
-        K=K, RANK=rank, RANKS=run.count * rank, BLOCK_T=plan.block_t, BLOCK_K=plan.block_k, BLOCK_R=plan.block_r,
-    )  # fmt: skip
+    partial = None if splits == 1 else torch.empty((splits, T, ranks), dtype=torch.float32, device=x.device)
+    span = cdiv(cdiv(K, tile.block_k), splits)
+    for count, part, first in plan.passes(run, stream):
+        launch(
+            _project_kernel, (cdiv(T, tile.block_t), splits),
+            x, A[part], rng, out[:, part], None if partial is None else partial[:, :, part],
+            T, span, x.stride(0), A.stride(0), out.stride(0), first, threshold, alpha,
+            device=x.device, num_warps=tile.warps, num_stages=tile.stages,
+            K=K, RANK=rank, RANKS=ranks, COUNT=count, BLOCK_T=tile.block_t, BLOCK_K=tile.block_k, BLOCK_R=plan.block_r,
+        )  # fmt: skip
     if partial is not None:
         _reduce(partial, out, alpha, add=False)
 
@@ -116,30 +146,39 @@ def project_backward(
     g [T, count * r] holds dy_j B_j. The kernel's float32 partial sums of dA, [splits, count * r, K], are allocated.
     """
     T, K = x.shape
-    rank, alpha = run.like.rank, run.like.scale * run.like.keep_scale
+    rank, alpha, threshold = run.like.rank, run.like.scale * run.like.keep_scale, run.like.threshold
     if supported(x, g, A, dx) is not None:
         buffer = torch.empty((T, K), dtype=x.dtype, device=x.device) if workspace is None else workspace
         for j in range(run.count):
             part = slice(j * rank, (j + 1) * rank)
             if dA is not None:
-                masked(x, rng, stream + j, run.like.threshold, buffer)
+                masked(x, rng, stream + j, threshold, buffer)
                 gemm(dA[part], g[:, part].t(), buffer, alpha, accumulate)
             torch.mm(g[:, part], A[part], out=buffer)
-            masked(buffer, rng, stream + j, run.like.threshold, dx, scale=alpha, add=True)
+            masked(buffer, rng, stream + j, threshold, dx, scale=alpha, add=True)
         return
-    plan = DotLaunch.of(rank)
-    splits = plan.backward_splits(T, K, gpu_of(x.device).sm_count)
-    partial = None
+    plan, partial = DotLaunch.of(rank), None
     if dA is not None:
+        splits = plan.backward_splits(run, T, K, gpu_of(x.device).sm_count)
         partial = torch.empty((splits, run.count * rank, K), dtype=torch.float32, device=x.device)
-    span = cdiv(cdiv(T, plan.block_t), splits) * plan.block_t
-    launch(
-        _backward_kernel, (cdiv(K, plan.block_k), splits),
-        g, x, A, rng, dx, partial, T, span, g.stride(0), x.stride(0), A.stride(0), dx.stride(0),
-        stream, run.like.threshold, alpha,
-        device=x.device, num_warps=plan.backward_warps, num_stages=plan.num_stages,
-        K=K, RANK=rank, COUNT=run.count, BLOCK_T=plan.block_t, BLOCK_K=plan.block_k, BLOCK_R=plan.block_r,
-    )  # fmt: skip
+    for count, part, first in plan.passes(run, stream):
+        tile = plan.grad_x
+        launch(
+            _grad_x_kernel, (cdiv(K, tile.block_k), cdiv(T, tile.block_t)),
+            g[:, part], A[part], rng, dx, T, g.stride(0), A.stride(0), dx.stride(0), first, threshold, alpha,
+            device=x.device, num_warps=tile.warps, num_stages=tile.stages,
+            K=K, RANK=rank, COUNT=count, BLOCK_T=tile.block_t, BLOCK_K=tile.block_k, BLOCK_R=plan.block_r,
+        )  # fmt: skip
+        if partial is not None:
+            tile = plan.grad_A
+            span = cdiv(cdiv(T, tile.block_t), len(partial)) * tile.block_t
+            launch(
+                _grad_A_kernel, (cdiv(K, tile.block_k), len(partial)),
+                g[:, part], x, rng, partial[:, part], T, span, g.stride(0), x.stride(0), first, threshold,
+                device=x.device, num_warps=tile.warps, num_stages=tile.stages,
+                K=K, RANK=rank, RANKS=run.count * rank, COUNT=count,
+                BLOCK_T=tile.block_t, BLOCK_K=tile.block_k, BLOCK_R=plan.block_r,
+            )  # fmt: skip
     if partial is not None and dA is not None:
         _reduce(partial, dA, alpha, add=accumulate)
 
@@ -160,70 +199,129 @@ def _operand(x):
     return x.to(tl.float32) if _INTERPRET else x
 
 
+@triton.jit
+def _g_tile(g, row, T, stride, first, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """g_j [rows, BLOCK_R], from column `first` on."""
+    r = tl.arange(0, BLOCK_R)
+    mask = (row < T)[:, None] & (r < RANK)[None, :]
+    return _operand(tl.load(g + row[:, None] * stride + (first + r)[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def _A_tile(A, col, stride, first, K: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A_j [BLOCK_R, columns], from row `first` on."""
+    r = tl.arange(0, BLOCK_R)
+    mask = (r < RANK)[:, None] & (col < K)[None, :]
+    return _operand(tl.load(A + (first + r)[:, None] * stride + col[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def _kept(keep, value):
+    return tl.where(keep, value, 0.0).to(value.dtype)
+
+
 @triton.jit(do_not_specialize=["T", "span", "stream", "threshold"])
 def _project_kernel(
     x, A, rng, out, partial, T, span, x_stride, A_stride, out_stride, stream, threshold, alpha,
-    K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The first grid axis, the fastest, is the projection: those of one block of tokens find x in L2.
-
-    `span`: blocks of K for each split; multiplied out here, so that the compiler sees aligned columns.
-    """
-    j, split = tl.program_id(0), tl.program_id(2)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """`span`: blocks of K for each split; multiplied out here, so that the compiler sees aligned columns."""
+    split = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
     seed, draw = tl.load(rng), tl.load(rng + 1)
-    acc = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    acc0 = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    acc1 = acc0
+    acc2 = acc0
     for block in range(split * span, min(tl.cdiv(K, BLOCK_K), (split + 1) * span)):
         first = block * BLOCK_K
         col = first + tl.arange(0, BLOCK_K)
         inside = (row < T)[:, None] & (col < K)[None, :]
         value = _operand(tl.load(x + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0))
-        at = A + (j * RANK + r)[None, :] * A_stride + col[:, None]
-        a = _operand(tl.load(at, mask=(r < RANK)[None, :] & (col < K)[:, None], other=0.0))
-        keep = keep_tile(seed, draw, stream + j, threshold, row, first, BLOCK_T, BLOCK_K)
-        acc += tl.dot(tl.where(keep, value, 0.0).to(value.dtype), a)
+        keep = keep_tile(seed, draw, stream, threshold, row, first, BLOCK_T, BLOCK_K)
+        acc0 += tl.dot(_kept(keep, value), tl.trans(_A_tile(A, col, A_stride, 0, K, RANK, BLOCK_R)))
+        if COUNT > 1:
+            keep = keep_tile(seed, draw, stream + 1, threshold, row, first, BLOCK_T, BLOCK_K)
+            acc1 += tl.dot(_kept(keep, value), tl.trans(_A_tile(A, col, A_stride, RANK, K, RANK, BLOCK_R)))
+        if COUNT > 2:
+            keep = keep_tile(seed, draw, stream + 2, threshold, row, first, BLOCK_T, BLOCK_K)
+            acc2 += tl.dot(_kept(keep, value), tl.trans(_A_tile(A, col, A_stride, 2 * RANK, K, RANK, BLOCK_R)))
     inside = (row < T)[:, None] & (r < RANK)[None, :]
-    if partial is None:
-        store_as(out + row[:, None] * out_stride + (j * RANK + r)[None, :], acc * alpha, inside)
-    else:
-        at = partial + (split * T.to(tl.int64) + row)[:, None] * RANKS + (j * RANK + r)[None, :]
-        tl.store(at, acc, mask=inside)
+    for j in tl.static_range(COUNT):
+        acc = acc0 if j == 0 else (acc1 if j == 1 else acc2)
+        column = (j * RANK + r)[None, :]
+        if partial is None:
+            store_as(out + row[:, None] * out_stride + column, acc * alpha, inside)
+        else:
+            tl.store(partial + (split * T.to(tl.int64) + row)[:, None] * RANKS + column, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "span", "stream", "threshold"])
-def _backward_kernel(
-    g, x, A, rng, dx, partial, T, span, g_stride, x_stride, A_stride, dx_stride, stream, threshold, alpha,
+@triton.jit(do_not_specialize=["T", "stream", "threshold"])
+def _grad_x_kernel(
+    g, A, rng, dx, T, g_stride, A_stride, dx_stride, stream, threshold, alpha,
     K: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a block of columns of dx in a span of tokens, and goes over it once for each projection."""
+    """A program is one tile of dx. Columns are the fastest axis of the grid: neighbours share rows of g.
+
+    The 16 bits of dx are joined by the masks before either meets a product, or masks would be drawn in a layout that
+    their words reach through shared memory only.
+    """
+    row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(0) * BLOCK_K
+    col = first + tl.arange(0, BLOCK_K)
+    inside = (row < T)[:, None] & (col < K)[None, :]
+    at = dx + row[:, None] * dx_stride + col[None, :]
+    seed, draw = tl.load(rng), tl.load(rng + 1)
+    packed = tl.load(at, mask=inside, other=0.0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    g0, a0 = _g_tile(g, row, T, g_stride, 0, RANK, BLOCK_R), _A_tile(A, col, A_stride, 0, K, RANK, BLOCK_R)
+    g1 = _g_tile(g, row, T, g_stride, RANK, RANK, BLOCK_R) if COUNT > 1 else g0  # every load before the first barrier
+    a1 = _A_tile(A, col, A_stride, RANK, K, RANK, BLOCK_R) if COUNT > 1 else a0
+    g2 = _g_tile(g, row, T, g_stride, 2 * RANK, RANK, BLOCK_R) if COUNT > 2 else g0
+    a2 = _A_tile(A, col, A_stride, 2 * RANK, K, RANK, BLOCK_R) if COUNT > 2 else a0
+    for j in tl.static_range(COUNT):
+        keep = keep_tile(seed, draw, stream + j, threshold, row, first, BLOCK_T, BLOCK_K)
+        packed |= tl.where(keep, 0x10000 << j, 0).to(tl.uint32)
+    total = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+    for j in tl.static_range(COUNT):
+        product = tl.dot(g0 if j == 0 else (g1 if j == 1 else g2), a0 if j == 0 else (a1 if j == 1 else a2))
+        total = tl.where(packed & (0x10000 << j) != 0, total + product, total)
+    before = packed.to(tl.uint16).to(dx.dtype.element_ty, bitcast=True).to(tl.float32)
+    store_as(at, before + total * alpha, inside)
+
+
+@triton.jit(do_not_specialize=["T", "span", "stream", "threshold"])
+def _grad_A_kernel(
+    g, x, rng, partial, T, span, g_stride, x_stride, stream, threshold,
+    K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A program sums over a span of tokens for a block of columns."""
     split = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_K
     col = first + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     seed, draw = tl.load(rng), tl.load(rng + 1)
-    for j in range(COUNT):
-        factor = (r < RANK)[:, None] & (col < K)[None, :]
-        a = _operand(tl.load(A + (j * RANK + r)[:, None] * A_stride + col[None, :], mask=factor, other=0.0))
-        acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-        for start in range(split * span, min(T, (split + 1) * span), BLOCK_T):
-            row = tl.arange(0, BLOCK_T).to(tl.int64) + start
-            inside = (row < T)[:, None] & (col < K)[None, :]
-            at = g + row[:, None] * g_stride + (j * RANK + r)[None, :]
-            upstream = _operand(tl.load(at, mask=(row < T)[:, None] & (r < RANK)[None, :], other=0.0))
-            keep = keep_tile(seed, draw, stream + j, threshold, row, first, BLOCK_T, BLOCK_K)
-            if partial is not None:
-                value = _operand(tl.load(x + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0))
-                acc += tl.dot(tl.trans(upstream), tl.where(keep, value, 0.0).to(value.dtype))
-            grad = tl.where(keep, tl.dot(upstream, a) * alpha, 0.0)
-            at = dx + row[:, None] * dx_stride + col[None, :]
-            store_as(at, tl.load(at, mask=inside, other=0.0).to(tl.float32) + grad, inside)
-        if partial is not None:
-            at = partial + (split * COUNT * RANK + j * RANK + r)[:, None].to(tl.int64) * K + col[None, :]
-            tl.store(at, acc, mask=factor)
-        tl.debug_barrier()  # the next projection reads what other threads of this program wrote to dx
+    acc0 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    for start in range(split * span, min(T, (split + 1) * span), BLOCK_T):
+        row = tl.arange(0, BLOCK_T).to(tl.int64) + start
+        inside = (row < T)[:, None] & (col < K)[None, :]
+        value = _operand(tl.load(x + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0))
+        keep = keep_tile(seed, draw, stream, threshold, row, first, BLOCK_T, BLOCK_K)
+        acc0 += tl.dot(tl.trans(_g_tile(g, row, T, g_stride, 0, RANK, BLOCK_R)), _kept(keep, value))
+        if COUNT > 1:
+            keep = keep_tile(seed, draw, stream + 1, threshold, row, first, BLOCK_T, BLOCK_K)
+            acc1 += tl.dot(tl.trans(_g_tile(g, row, T, g_stride, RANK, RANK, BLOCK_R)), _kept(keep, value))
+        if COUNT > 2:
+            keep = keep_tile(seed, draw, stream + 2, threshold, row, first, BLOCK_T, BLOCK_K)
+            acc2 += tl.dot(tl.trans(_g_tile(g, row, T, g_stride, 2 * RANK, RANK, BLOCK_R)), _kept(keep, value))
+    for j in tl.static_range(COUNT):
+        acc = acc0 if j == 0 else (acc1 if j == 1 else acc2)
+        at = partial + (split * RANKS + j * RANK + r)[:, None].to(tl.int64) * K + col[None, :]
+        tl.store(at, acc, mask=(r < RANK)[:, None] & (col < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
