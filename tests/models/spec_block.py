@@ -30,6 +30,9 @@ class SpecBlock:
     def prepare(self, layers: Sequence[tuple[nn.Module, LayerSpec]], kept: Any) -> Prepared:
         return Prepared([(layer, spec) for layer, spec in layers])
 
+    def release(self, kept: Any) -> None:
+        raise AssertionError("nothing was kept")
+
     def run(
         self, handle: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout, *, recompute: bool
     ) -> Tensor:

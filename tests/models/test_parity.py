@@ -216,6 +216,22 @@ HALVES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
+)
+def test_float32_masters_under_autocast(name: str, tmp_path: Path) -> None:
+    """Full training: errors to the exact gradient at most 1.5 times stock's."""
+    want = truth(build(name, "full", tmp_path, exact=True), "right")
+    model = build(name, "full", tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = total_errors(outcome(model, "right"), want)
+        with block_in_place(FusedBlock()):
+            accelerate(model, families=EVERY)
+            fused = total_errors(outcome(model, "right"), want)
+            assert report(model).fast_layers == 2, report(model).lines
+    assert all(a <= 1.5 * b for a, b in zip(fused, stock)), (fused, stock)
+
+
 @pytest.mark.parametrize(("name", "dtype"), HALVES)
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     """Under autocast, as in training: errors at most 1.5 times stock's."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pyralis.models.families import FAMILIES as SERVED
+from pyralis.models.load import ModelSettings, load_model
 from pyralis.models.surgery import (
     STOCK_CLASS,
     AccelerationReport,
@@ -32,7 +33,7 @@ from pyralis.models.surgery import (
 )
 from pyralis.models.swap import FAST_STATE, is_fast, swap
 from tests.models.spec_block import CountedFused, SpecBlock, block_in_place
-from tests.tiny import FAMILIES, build_tiny_model, build_tiny_variant
+from tests.tiny import FAMILIES, build_tiny_model, build_tiny_variant, make_tiny_model
 
 EVERY = tuple(family.name for family in SERVED)
 IDS = torch.arange(4, 52).view(2, 24)
@@ -124,6 +125,8 @@ def test_restore_gives_stock_classes_back(block: Block) -> None:
     assert restore(model) == 4
     assert [type(module) for module in model.modules()] == stock
     assert not any(FAST_STATE in vars(module) for module in model.modules())
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
     assert report(model).lines == ("2 of 2 layers stock: the model is not accelerated",)
 
 
@@ -533,9 +536,11 @@ class TestWhatTheFusedBlockDoesNotServe:
         logits(model)
         assert report(model).fast_layers == 2
 
-    def test_autocast_over_wider_weights(self) -> None:
+    def test_autocast_over_other_four_bit_layers(self, tmp_path: Path) -> None:
+        folder = make_tiny_model(tmp_path)
+        model = load_model(ModelSettings(str(folder), train_mode="qlora", dtype="float32")).model
         with torch.autocast("cpu", torch.bfloat16):
-            self.check(fast(give_lora(build_tiny_model())), "autocast to bfloat16 over weights in float32")
+            self.check(fast(give_lora(model)), "autocast to bfloat16 over 4-bit weights that compute in float32")
 
     def test_norms_of_another_dtype(self) -> None:
         model = build_tiny_model().bfloat16()

@@ -18,6 +18,9 @@ class Block(Protocol):
     def prepare(self, layers: Sequence[tuple[nn.Module, LayerSpec]], kept: Any) -> Prepared:
         """What `run` needs of the layers as they are now. kept: the `Prepared.kept` of the call before, or None."""
 
+    def release(self, kept: Any) -> None:
+        """The layers go back to stock: their parameters are to be on their own again."""
+
     def run(
         self, handle: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout,
         *, recompute: bool,

@@ -43,15 +43,18 @@ class FusedBlock:
         parts = [(layer, spec, tuple(layer.children())) for layer, spec in layers]
         if kept is None or kept.parts != parts:
             kept = Kept(parts, ModelWeights(layers))
-        model = kept.weights
+        model, autocast = kept.weights, _autocast_dtype(layers[0][0])
         with _plain_tensors():
-            problems = model.refresh()
+            problems = model.refresh(autocast)
             rng = None if model.rng is None else _drawn(model.rng)
         handles: list[Handle | Reason] = []
         for weights, problem in zip(model.layers, problems):
-            reason = Reason(problem) if problem is not None else _unserved(weights.state)
+            reason = Reason(problem) if problem is not None else _unserved(weights.state, autocast)
             handles.append(Handle(weights, model, rng) if reason is None else reason)
         return Prepared(handles, kept)
+
+    def release(self, kept: Kept) -> None:
+        kept.weights.release()
 
     def run(
         self, handle: Handle, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout,
@@ -80,12 +83,16 @@ def _plain_tensors() -> Iterator[None]:
         yield
 
 
-def _unserved(state: LayerState) -> Reason | None:
+def _autocast_dtype(layer: nn.Module) -> torch.dtype | None:
+    """The dtype of autocast where the layer is, if it is on."""
+    kind = next(layer.parameters()).device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _unserved(state: LayerState, autocast: torch.dtype | None) -> Reason | None:
     """Why a layer whose weights are laid out cannot be served in this call."""
-    kind = state.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if autocast is not None and autocast != state.dtype:
-        return Reason(f"autocast to {_name(autocast)} over weights in {_name(state.dtype)}")
+        return Reason(f"autocast to {_name(autocast)} over 4-bit weights that compute in {_name(state.dtype)}")
     norms = {weight.dtype for weight, _ in state.norms.values()}
     if autocast is None and norms != {state.dtype}:
         return Reason(f"norms in {', '.join(sorted(map(_name, norms)))} between layers in {_name(state.dtype)}")

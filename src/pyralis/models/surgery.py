@@ -21,7 +21,7 @@ from pyralis.models.detect import Reason, detect_layer, family_of
 from pyralis.models.families import FAMILIES
 from pyralis.models.fast_path import backbone_forward, backbone_state, layer_forward
 from pyralis.models.layer_state import hooked_module, layer_state
-from pyralis.models.swap import STOCK_CLASS, fast_modules, is_fast, restore_module, stock_class, swap
+from pyralis.models.swap import FAST_STATE, STOCK_CLASS, fast_modules, is_fast, restore_module, stock_class, swap
 
 __all__ = [
     "PROVEN", "STOCK_CLASS", "Acceleration", "AccelerationReport", "LayerReport", "accelerate", "decoder_backbone",
@@ -101,7 +101,11 @@ def report(model: nn.Module) -> AccelerationReport:
 
 
 def restore(model: nn.Module) -> int:
-    """Give every swapped module its stock class back; returns how many there were."""
+    """Give every swapped module its stock class back, and its parameters memory of their own; returns how many."""
+    for module in fast_modules(model):
+        kept = getattr(vars(module).get(FAST_STATE), "kept", None)
+        if kept is not None and fast_path.block is not None:
+            fast_path.block.release(kept)
     return sum([restore_module(module) for module in list(fast_modules(model))])
 
 
