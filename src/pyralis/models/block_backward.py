@@ -89,9 +89,9 @@ def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dheads: Tenso
     attention_backward(dheads, attention, out=(dq, dk, dv))
     weights = () if norm is None else (norm.q_weight, norm.k_weight)
     grads = [torch.empty_like(w) if w.requires_grad else None for w in weights] or [None, None]
-    shape = (-1, spec.attention.head_dim)
+    shape = (dq.shape[0], -1, spec.attention.head_dim)
     rope_backward(
-        dq.unflatten(1, shape), dk.unflatten(1, shape), c.cos, c.sin, norm=norm, saved=a.qk_saved,
+        dq.view(shape), dk.view(shape), c.cos, c.sin, norm=norm, saved=a.qk_saved,
         dq_weight=grads[0], dk_weight=grads[1],
     )  # fmt: skip
     for part, grad in zip((spec.q_norm, spec.k_norm), grads):

@@ -74,11 +74,10 @@ def rotated(c: Context, a: Activations) -> tuple[Tensor, Tensor, Tensor]:
     new_q, new_k = q, k
     if norm is not None:
         new_q, new_k = torch.empty((len(q), widths[0] + widths[1]), dtype=q.dtype, device=q.device).split(widths[:2], 1)
-    shape = (-1, attention.head_dim)
-    _, _, a.qk_saved = rope_forward(
-        q.unflatten(1, shape), k.unflatten(1, shape), c.cos, c.sin, norm=norm,
-        q_out=new_q.unflatten(1, shape), k_out=new_k.unflatten(1, shape),
-    )  # fmt: skip
+    shape = (q.shape[0], -1, attention.head_dim)
+    q, k = q.view(shape), k.view(shape)
+    outputs = (q, k) if norm is None else (new_q.view(shape), new_k.view(shape))
+    _, _, a.qk_saved = rope_forward(q, k, c.cos, c.sin, norm=norm, q_out=outputs[0], k_out=outputs[1])
     return new_q, new_k, v
 
 

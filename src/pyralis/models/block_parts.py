@@ -148,18 +148,14 @@ class LinearBackward:
     def finish(self, x: Tensor | None) -> Tensor:
         """Gradients that need x [T, K or K + P]; returns dx. What overwrites dx has to come before."""
         group = self.group.group
-        if self.A_deferred is not None:
+        if self.group.trained.reads_input:
             assert x is not None
-            g = self.dx_wide[:, group.in_features :]
-            for run in group.runs:
-                part = self.A_deferred[run.columns]
-                gemm(
-                    part, g[:, run.columns].t(), x[:, : group.in_features], run.like.scale,
-                    self.gradients.lora.accumulate,
-                )  # fmt: skip
-        if any(weight is not None for weight in self.group.trained.weights):
-            assert x is not None
-            self.gradients.weights(self.dy, x[:, : group.in_features])
+            x = x[:, : group.in_features]
+            if self.A_deferred is not None:
+                g, add = self.dx_wide[:, group.in_features :], self.gradients.add
+                for run in group.runs:
+                    gemm(self.A_deferred[run.columns], g[:, run.columns].t(), x, run.like.scale, add)
+            self.gradients.weights(self.dy, x)
         self.gradients.finish()
         return self.dx
 
@@ -185,9 +181,9 @@ def linear_backward(
     lora, deferred = gradients.lora, None
     if not dropout:
         lora, deferred = gradients.without_A, gradients.lora.A
-    x = dx_wide if x is None else x  # not read without dropout
+    x = x[:, : g.in_features] if dropout and x is not None else dx_wide  # not read without dropout
     lora_backward(
-        g, dy, matrix, x[:, : g.in_features], dy[:, :0] if xa is None else xa, A, lora,
+        g, dy, matrix, x, dy if xa is None else xa, A, lora,
         B=group.B, dx_wide=dx_wide, rng=rng if dropout else None, stream=group.stream,
     )  # fmt: skip
     return LinearBackward(group, gradients, dy, dx_wide, deferred)

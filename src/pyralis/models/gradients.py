@@ -94,6 +94,7 @@ class TrainedGroup:
     B: tuple[nn.Parameter | None, ...]
     lora_biases: tuple[nn.Parameter | None, ...]
     ready: list[Ready] = field(default_factory=list)  # at most one: of the last backward
+    reads_input: bool = field(init=False)  # whether the backward needs the layers' input
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -101,10 +102,8 @@ class TrainedGroup:
         kinds = (self.weights, self.biases, self.A, self.B, self.lora_biases)
         return tuple(p for kind in kinds for p in kind if p is not None)
 
-    @property
-    def reads_input(self) -> bool:
-        """Whether the backward needs the layers' input."""
-        return any(p is not None for p in (*self.weights, *self.A))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reads_input", any(p is not None for p in (*self.weights, *self.A)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -50,6 +50,10 @@ class GroupState:
         return self.group.width if self.wide else self.group.in_features
 
     @property
+    def adds_biases(self) -> bool:
+        return any(linear.adapter is not None and linear.adapter.bias is not None for linear in self.linears)
+
+    @property
     def adapter_B(self) -> tuple[Tensor | None, ...]:
         return tuple(None if linear.adapter is None else linear.adapter.B for linear in self.linears)
 
@@ -94,29 +98,26 @@ def _trained(parameter: nn.Parameter | None) -> nn.Parameter | None:
     return parameter if parameter is not None and parameter.requires_grad else None
 
 
-def collect_group(state: GroupState, targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Append what has to be copied for a group to be up to date."""
-    group = state.group
+def fixed_copies(state: GroupState) -> list[tuple[Tensor, Tensor]]:
+    """(to, from) of what a refresh copies, for as long as the state holds."""
+    group, found = state.group, []
     for j in group.adapted:
         adapter = state.linears[j].adapter
         assert adapter is not None
         assert state.A is not None
-        targets.append(state.A[group.columns[j]])
-        sources.append(adapter.A.detach())
+        found.append((state.A[group.columns[j]], adapter.A.detach()))
         if state.B is not None and (copy := state.B[j]) is not None:
-            targets.append(copy)
-            sources.append(adapter.B.detach())
-    if state.bias is None:
-        return
-    added = [None if linear.adapter is None else linear.adapter.bias for linear in state.linears]
-    plain = [linear.base.bias for linear in state.linears]
-    if any(bias is not None for bias in added):
-        total = combine_bias(group, plain, added, state.bias.dtype)
+            found.append((copy, adapter.B.detach()))
+    if state.bias is not None and not state.adds_biases:
+        plain = [linear.base.bias for linear in state.linears]
+        found += [(state.bias[rows], b.detach()) for rows, b in zip(group.rows, plain) if b is not None]
+    return found
+
+
+def add_biases(state: GroupState) -> None:
+    """Biases of the adapters on top of those of the layers, where there are both or scaled ones."""
+    if state.bias is not None and state.adds_biases:
+        added = [None if linear.adapter is None else linear.adapter.bias for linear in state.linears]
+        total = combine_bias(state.group, [linear.base.bias for linear in state.linears], added, state.bias.dtype)
         assert total is not None
-        targets.append(state.bias)
-        sources.append(total)
-        return
-    for rows, bias in zip(group.rows, plain):
-        if bias is not None:
-            targets.append(state.bias[rows])
-            sources.append(bias.detach())
+        state.bias.copy_(total)

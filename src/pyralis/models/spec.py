@@ -135,12 +135,12 @@ class LayerSpec:
                 f"{' and '.join(map(str, outputs))}{f' or {sum(outputs)} in one' if len(outputs) > 1 else ''}"
             )
 
-    @property
+    @cached_property
     def query_features(self) -> int:
         """Heads times head size: what attention returns for a token."""
         return self.attention.num_heads * self.attention.head_dim
 
-    @property
+    @cached_property
     def qkv_features(self) -> tuple[int, int, int]:
         """Widths of q, k and v."""
         kv = self.attention.num_kv_heads * self.attention.head_dim

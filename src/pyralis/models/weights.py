@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyralis.errors import ModelError
 from pyralis.models.adapters import LinearState, compute_dtype, read_linear
 from pyralis.models.arena import Base, DenseBase
-from pyralis.models.group_state import GroupState, LayoutOptions, build_group, collect_group
+from pyralis.models.group_state import GroupState, LayoutOptions, add_biases, build_group, fixed_copies
 from pyralis.models.spec import LayerSpec, NormSpec
 from pyralis.models.workspace import CastBase, FourBitBase, Workspace, WorkspaceBase
 
@@ -39,6 +39,9 @@ class LayerState:
     norms: dict[str, tuple[nn.Parameter, nn.Parameter | None]]  # by path: weight, bias
     parameters: tuple[nn.Parameter, ...]  # all that are trained
     dtype: torch.dtype  # of products
+    targets: list[Tensor]  # what a refresh copies to, and from
+    sources: list[Tensor]
+    adding: list[GroupState]  # groups whose biases it adds up
 
     @property
     def device(self) -> torch.device:
@@ -150,8 +153,10 @@ class LayerWeights:
             del self._states[next(iter(self._states))]
         for base in self._bases.values():
             base.adapters_changed()
-        for group in state.groups:
-            collect_group(group, targets, sources)
+        for group in state.adding:
+            add_biases(group)
+        targets += state.targets
+        sources += state.sources
 
     def _module(self, path: str) -> Any:
         home = self._homes.get(path)
@@ -183,7 +188,11 @@ class LayerWeights:
         trained = [p for group in groups for p in group.trained.parameters]
         trained += [p for pair in norms.values() for p in pair if p is not None and p.requires_grad]
         qkv, attention_out, gate_up, down = groups
-        return LayerState(qkv, attention_out, gate_up, down, base, plan, norms, tuple(trained), dtype)
+        copies = [pair for group in groups for pair in fixed_copies(group)]
+        return LayerState(
+            qkv, attention_out, gate_up, down, base, plan, norms, tuple(trained), dtype,
+            [to for to, _ in copies], [source for _, source in copies], [g for g in groups if g.adds_biases],
+        )  # fmt: skip
 
     def _base_of(self, linear: LinearState, dtype: torch.dtype) -> Base:
         kind: type[WorkspaceBase] = FourBitBase if linear.four_bit else CastBase
