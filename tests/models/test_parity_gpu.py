@@ -16,7 +16,6 @@ from tests.models.spec_block import SpecBlock, block_in_place
 from tests.models.test_parity import NAMES, with_lora
 from tests.tiny import FAMILIES, VARIANTS, build_tiny_model
 
-
 pytestmark = pytest.mark.gpu
 EVERY = tuple(family.name for family in SERVED)
 # Heads of 64 and rows of a few hundred tokens: what the fast attention backends and tiles are made for.

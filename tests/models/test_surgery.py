@@ -7,6 +7,7 @@ and with the fused one.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -16,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from pyralis.models.families import FAMILIES as SERVED
 from pyralis.models.load import ModelSettings, load_model
@@ -133,9 +135,10 @@ def test_restore_gives_stock_classes_back(block: Block) -> None:
 def test_the_class_passes_for_the_stock_one(block: Block) -> None:
     model = build_tiny_model()
     keys = list(model.state_dict())
-    stock = [type(model.model), type(model.model.layers[0])]
+    stock = [type(model), type(model.model), type(model.model.layers[0])]
     fast(model)
-    for module, cls in zip((model.model, model.model.layers[0]), stock):
+    assert model._supports_logits_to_keep()
+    for module, cls in zip((model, model.model, model.model.layers[0]), stock):
         assert isinstance(module, cls)
         assert type(module) is not cls
         assert (type(module).__name__, type(module).__qualname__) == (cls.__name__, cls.__qualname__)
@@ -143,6 +146,7 @@ def test_the_class_passes_for_the_stock_one(block: Block) -> None:
         assert "forward" in vars(type(module))
         assert "forward" not in vars(module)
         assert getattr(type(module), STOCK_CLASS) is cls
+        assert inspect.signature(module.forward) == inspect.signature(cls.forward.__get__(module))
     assert list(model.state_dict()) == keys
 
 
@@ -187,6 +191,33 @@ def test_deepcopy_and_pickle(block: Block) -> None:
         assert not torch.equal(logits(other), expected), name
         assert torch.equal(logits(model), expected), f"{name} shares weights with the original"
         assert restore(other) == 4
+
+
+def test_deepcopy_of_four_bit_layers(tmp_path: Path, block: Block) -> None:
+    folder = make_tiny_model(tmp_path)
+    model = fast(give_lora(load_model(ModelSettings(str(folder), train_mode="qlora", dtype="float32")).model))
+    expected = logits(model)
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), expected)
+    assert block.calls == 4
+    packed = [m.get_submodule("base_model.model.model.layers.0.mlp.up_proj").weight for m in (model, other)]
+    assert packed[0].data_ptr() != packed[1].data_ptr()
+    assert packed[1].untyped_storage().nbytes() == packed[1].numel()
+
+
+@pytest.mark.full
+def test_hugging_faces_trainer_finds_its_columns(tmp_path: Path, block: Block) -> None:
+    rows = [
+        {"input_ids": row, "labels": row, "attention_mask": torch.ones(24), "other": i} for i, row in enumerate(IDS)
+    ]
+    losses = []
+    for model in (build_tiny_model(), fast(build_tiny_model())):
+        arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, logging_steps=1)
+        trainer = Trainer(model, arguments, train_dataset=Dataset.from_list(rows))
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert block.calls == 4
 
 
 def test_hidden_states_and_attentions(block: Block) -> None:

@@ -13,7 +13,7 @@ copy makes its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 from torch import nn
@@ -80,18 +80,22 @@ def is_checkpointed(layer: nn.Module) -> bool:
 
 @cache
 def _fast_class(stock: Any, forward: Forward) -> type:
+    @wraps(stock.forward)  # Trainer picks a data set's columns by its signature, `generate` what it may pass
+    def forward_with_signature(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
     namespace: dict[str, Any] = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
         "__call__": nn.Module.__call__,  # 5.17 checkpoints in its own
         "__reduce_ex__": _reduce,
-        "forward": forward,
+        "forward": forward_with_signature,
         STOCK_CLASS: stock,
         "_pyralis_forward": staticmethod(forward),
     }
     fast = type(stock.__name__, (stock,), namespace)
-    fast.forward = forward  # type: ignore[attr-defined]  # 5.23 has wrapped it
+    fast.forward = forward_with_signature  # type: ignore[attr-defined]  # 5.23 has wrapped it
     return fast
 
 
