@@ -109,6 +109,14 @@ def test_trained_weights_in_another_s_buffer() -> None:
     assert all(reason is not None and "order the parameters" in reason for reason in reasons)
 
 
+def test_a_trained_weight_that_moved_alone() -> None:
+    model, batch = build("llama", None), make_batch("full")
+    fused = layout(model)
+    weight = decoder(model).layers[1].self_attn.k_proj.weight
+    weight.data = weight.data * 2
+    assert_close(fused.run(batch), truth_of(model, batch), batch.real)
+
+
 def flatten(parameters: tuple[nn.Parameter, ...]) -> None:
     buffer = torch.cat([p.detach().flatten() for p in parameters])
     for p, part in zip(parameters, buffer.split([p.numel() for p in parameters])):

@@ -51,7 +51,7 @@ class DenseBase:
             stack = self._stacks.get(index)
             room = state.columns - state.group.in_features
             if stack is None or not _holds(stack.buffer, weights, state.columns):
-                self._stacks[index] = StackedWeight(_stack(weights, room))
+                self._stacks[index] = StackedWeight(_stack(weights, room, None if stack is None else stack.buffer))
         return tuple(self._stacks[index] for index in range(len(groups)))
 
     def matrices(self, groups: Sequence[GroupState], plan: tuple[StackedWeight, ...]) -> tuple[Tensor, ...]:
@@ -85,12 +85,17 @@ def _holds(buffer: Tensor, weights: Sequence[nn.Parameter], columns: int) -> boo
     return buffer.shape[1] >= columns
 
 
-def _stack(weights: Sequence[nn.Parameter], room: int) -> Tensor:
-    """[N, K + room] with the weights in it, which become views of it. Nothing moves where nothing has to."""
+def _stack(weights: Sequence[nn.Parameter], room: int, before: Tensor | None) -> Tensor:
+    """[N, K + room] with the weights in it, which become views of it. Nothing moves where nothing has to.
+
+    before: the stack that some of them may still lie in.
+    """
     if not room and (found := stacked_view(weights)) is not None:
         return found
     for weight in weights:
-        if weight.requires_grad and weight.untyped_storage().nbytes() > weight.numel() * weight.element_size():
+        storage = weight.untyped_storage()
+        is_ours = before is not None and storage.data_ptr() == before.untyped_storage().data_ptr()
+        if weight.requires_grad and not is_ours and storage.nbytes() > weight.numel() * weight.element_size():
             raise ModelError(
                 f"a trained weight of shape {list(weight.shape)} is a view of another's buffer, in which the weights "
                 "that share an input do not lie side by side: order the parameters as LayerWeights.parameters has them"
