@@ -66,10 +66,13 @@ class DotLaunch:
     @classmethod
     def of(cls, rank: int) -> DotLaunch:
         block_r = max(16, next_power_of_2(rank))
-        square = Tile(64 if block_r <= 128 else 32, 64, 4 if block_r <= 32 else 8)
-        oblong = Tile(32, 128 if block_r <= 32 else 64, 4 if block_r <= 64 else 8)
+        rows = 64 if block_r <= 128 else 32
         resident = (28, 16, 12) if block_r == 16 else (16, 12, 8) if block_r == 32 else (16, 16, 16)
-        return cls(block_r, 3 if block_r <= 64 else 1, square, square, oblong, resident)
+        return cls(
+            block_r, 3 if block_r <= 64 else 1,
+            project=Tile(rows, 64, 8), grad_A=Tile(rows, 64, 4 if block_r <= 32 else 8),
+            grad_x=Tile(32, 128 if block_r == 16 else 64, 4 if block_r <= 64 else 8), resident=resident,
+        )  # fmt: skip
 
     def forward_splits(self, run: Run, T: int, K: int, sm_count: int) -> int:
         """Parts of K summed afterwards."""
