@@ -37,7 +37,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {key: value for key, value in _DECODER.items() if key != "head_dim"},
     "qwen3": _DECODER,
     "gemma": _DECODER,
-    "gemma2": {**_DECODER, "query_pre_attn_scalar": 16, "sliding_window": 32},
+    # transformers before 5.23 would take SDPA, which leaves the softcap out
+    "gemma2": {**_DECODER, "query_pre_attn_scalar": 16, "sliding_window": 32, "attn_implementation": "eager"},
     "gemma3_text": {
         **_DECODER,
         "query_pre_attn_scalar": 24,

@@ -19,6 +19,7 @@ from tests.models.fast_models import (
     reasons,
     step,
 )
+from tests.models.spec_block import CountedFused, block_in_place
 from tests.tiny import build_tiny_model
 
 
@@ -49,6 +50,16 @@ def test_peft_before_and_after(first: bool, block: Block) -> None:
     torch.testing.assert_close(logits(model), logits(expected), **CLOSE)
     torch.testing.assert_close(logits(model.merge_and_unload()), logits(expected), **CLOSE)
     assert all(layer.fast for layer in report(model).layers)
+
+
+def test_the_report_of_a_model_that_was_not_called() -> None:
+    with block_in_place(CountedFused()) as block:
+        model = give_lora(fast(build_tiny_model()))
+        assert report(model).fast_layers == 2
+        model = give_lora(fast(build_tiny_model()), use_dora=True, layers_to_transform=[1])
+        assert report(model).lines[0] == "1 of 2 layers fast"
+        assert "DoRA" in reasons(model)[1]
+        assert block.calls == 0
 
 
 def test_saved_adapters_are_the_same(tmp_path: Path, block: Block) -> None:

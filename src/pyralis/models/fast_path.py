@@ -49,8 +49,10 @@ class Call:
 
 @dataclass(eq=False)
 class BackboneState:
-    """reason: why the last call ran stock as a whole, None if it did not. kept: of `Prepared`."""
+    """called: whether the layers were looked at. reason: why the last call ran stock as a whole, None if it did not.
+    kept: of `Prepared`."""
 
+    called: bool = False
     reason: Reason | None = None
     kept: Any = None
 
@@ -108,11 +110,12 @@ def _plan(backbone: Any, state: BackboneState, arguments: Mapping[str, Any]) -> 
     layout = batch_layout(BatchShape(inputs.shape[0], inputs.shape[1], inputs.device), arguments)
     if isinstance(layout, Reason):
         return layout
-    return Call(layout, _prepare(backbone, state))
+    return Call(layout, prepare_layers(backbone, state))
 
 
-def _prepare(backbone: Any, state: BackboneState) -> dict[int, Any]:
-    """The handles of the layers that can be served now; the others' states get the reason."""
+def prepare_layers(backbone: Any, state: BackboneState) -> dict[int, Any]:
+    """The handles of the layers that can be served now, by `id`; the others' states get the reason."""
+    state.called = True
     served: list[tuple[nn.Module, LayerSpec]] = []
     states: list[LayerState] = []
     for layer in backbone.layers:

@@ -70,7 +70,7 @@ class FusedBlock:
 def _drawn(rng: Tensor) -> Tensor:
     """Where this call's dropout masks start, from torch's generator: `torch.manual_seed` and the random states that a
     checkpoint holds say what is dropped, as they do in stock."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=rng.device)
+    return torch.randint(2**62, (2,), dtype=torch.int64, device=rng.device)
 
 
 @contextmanager

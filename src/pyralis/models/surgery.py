@@ -19,7 +19,7 @@ from pyralis.models import fast_path
 from pyralis.models.causal_lm import causal_lm_forward, family_of_model
 from pyralis.models.detect import Reason, detect_layer, family_of
 from pyralis.models.families import FAMILIES
-from pyralis.models.fast_path import backbone_forward, backbone_state, layer_forward
+from pyralis.models.fast_path import backbone_forward, backbone_state, layer_forward, prepare_layers
 from pyralis.models.layer_state import hooked_module, layer_state
 from pyralis.models.swap import FAST_STATE, STOCK_CLASS, fast_modules, is_fast, restore_module, stock_class, swap
 
@@ -90,14 +90,17 @@ def accelerate(
 def report(model: nn.Module) -> AccelerationReport:
     """What ran each layer in the model's last call, with the reasons of that call (adapters, hooks, a cache ...).
 
-    Layers of a model that was not called since `accelerate` are reported as they are now.
+    Of a model that was not called since `accelerate`: what would run its layers now. Their weights are laid out for it.
     """
     layers, backbone = decoder_layers(model), decoder_backbone(model)
     if backbone is None or not is_fast(backbone):
         return _all_stock(layers, Reason("the model is not accelerated"))
-    if (whole := backbone_state(backbone).reason) is not None:
-        return _all_stock(layers, whole)
-    return _report([layer_state(layer).reason or _static_reason(layer, backbone) for layer in layers])
+    state = backbone_state(backbone)
+    if state.reason is not None:
+        return _all_stock(layers, state.reason)
+    if not state.called:
+        prepare_layers(backbone, state)
+    return _report([layer_state(layer).reason for layer in layers])
 
 
 def restore(model: nn.Module) -> int:
