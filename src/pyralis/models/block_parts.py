@@ -82,9 +82,7 @@ def norm_forward(
     if spec.kind == "layer":
         made = layer_norm_forward(x, weight, bias, spec.eps, residual=residual, out=out, h_out=h_out)
         return made.h, (made.mean, made.rstd)
-    rms = rms_norm_forward(
-        x, weight, spec.eps, residual=residual, unit_offset=spec.unit_offset, out=out, h_out=h_out
-    )  # fmt: skip
+    rms = rms_norm_forward(x, weight, spec.eps, residual=residual, unit_offset=spec.unit_offset, out=out, h_out=h_out)
     return rms.h, (rms.rstd,)
 
 
