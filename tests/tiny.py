@@ -91,6 +91,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-windows": ("qwen3", {**_WINDOWS, "max_window_layers": 1, "attention_bias": True}),
     "gemma2-window": ("gemma2", {"sliding_window": 8, "attn_logit_softcapping": 5.0}),
     "phi3-partial-rotary": ("phi3", {"partial_rotary_factor": 0.5}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "rope_scaling": {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [3.0] * 8},
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "phi3-window": ("phi3", {"sliding_window": 8}),
 }
 

@@ -1,4 +1,4 @@
-"""The fused block writes gradients itself: DistributedDataParallel has to average them all the same."""
+"""The fused block writes gradients itself: DistributedDataParallel and FSDP2 have to reduce them all the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def test_gradients_of_two_processes() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*torchrun, str(Path(__file__).with_name("ddp_worker.py"))],
+        [*torchrun, str(Path(__file__).with_name("distributed_worker.py"))],
         capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
