@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +53,9 @@ def test_what_is_printed_and_written(quickstart: tuple[Path, str]) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "report.html",
                  "pyralis_template.json", "pyralis_config.json", "tokenizer.json"):  # fmt: skip
         assert (output / name).stat().st_size > 0
-    for word in ("metrics.jsonl", "loss.png", "report.html", "pyralis chat", "export merge", "init --model"):
-        assert word in printed.replace("\n", "")
+    unwrapped = re.sub(r"[│\s]", "", printed)  # long paths are folded at the panel's edge
+    for word in ("metrics.jsonl", "loss.png", "report.html", "pyralischat", "exportmerge", "init--model"):
+        assert word in unwrapped
     report = (output / "report.html").read_text(encoding="utf-8")
     assert "你是谁？" in report
     assert "http" not in report.replace("http-equiv", "").replace("http://www.w3.org", "")
@@ -67,5 +69,7 @@ def test_merged_is_what_adapter_and_base_are(quickstart: tuple[Path, str], tmp_p
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), output)
     merged = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(merged_dir)("Who are you? 你是谁？", return_tensors="pt").input_ids
+    # The float32 weights are compared in float64 arithmetic, where they differ by 1.4e-5 of logits up to 31: a forward
+    # in float32 alone is off by 4e-5 to 8e-5, on either side.
     with torch.no_grad():
-        assert (tuned.eval()(ids).logits - merged(ids).logits).abs().max() < 1e-4
+        assert (tuned.double().eval()(ids).logits - merged.double().eval()(ids).logits).abs().max() < 1e-4
