@@ -31,7 +31,10 @@ def register(app: typer.Typer) -> None:
             next_commands=(
                 (f"{command} chat {output}", "talk to the model you just made"),
                 (f"{command} export merge {output} output/merged", "one folder that any program loads"),
-                (f"{command} init --model {model_dir} --train-file your.jsonl", "a config for your own data"),
+                (
+                    f"{command} init --model {MODEL_NAME} --mode lora --train-file your.jsonl",
+                    "a config for your own data",
+                ),
             ),
         )
         if result.status == "interrupted":

@@ -141,6 +141,7 @@ def write_outcome(
                 lengths=_length_bins(data.length_histogram),
             ),
             samples=samples,
+            title=Path(info.model).name,
         ),
     )
     return OutcomeFiles(output_dir / "metrics.jsonl", output_dir / PICTURE_NAME, output_dir / REPORT_NAME)
