@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -202,9 +203,14 @@ def _run(
 
     with GracefulStop() as stop:
         trainer.add_callback(StopCallback(stop))
+        # What lives for the whole run need not be looked through again and again: with a model of 32 layers Python's
+        # collector adds 20 ms to a call.
+        gc.collect()
+        gc.freeze()
         try:
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         finally:
+            gc.unfreeze()
             live.close()  # after an error the Trainer calls no callback any more
     interrupted = stop.requested is not None and trainer.state.global_step < trainer.state.max_steps
     status: Literal["finished", "interrupted"] = "interrupted" if interrupted else "finished"

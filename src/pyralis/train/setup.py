@@ -23,7 +23,7 @@ from pyralis.lora.attach import LoraSettings, ParameterCount, attach_lora, count
 from pyralis.models.dtype import choose_device, choose_dtype
 from pyralis.models.generation import settle_generation
 from pyralis.models.load import LoadedModel, ModelSettings, load_model
-from pyralis.models.surgery import AccelerationReport, accelerate
+from pyralis.models.surgery import AccelerationReport, accelerate, report
 from pyralis.models.tokenizer import load_tokenizer
 from pyralis.train.config import TrainConfig
 from pyralis.train.refusals import refusals_named
@@ -102,8 +102,6 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
     if config.task_type == "sft" and config.packing:
         require_isolation(loaded.model)
     acceleration = accelerate(loaded.model, config.acceleration)
-    if config.acceleration == "on" and acceleration.fast_layers < len(acceleration.layers):
-        logger.warning("acceleration: on, but %s", "; ".join(acceleration.lines))
     model: Any = loaded.model
     if config.train_mode != "full":
         adapter = Path(config.load_adapter) if config.load_adapter else None
@@ -111,6 +109,10 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
     else:
         stops = [] if prepared.template is None else stop_token_ids(prepared.template, prepared.tokenizer)
         settle_generation(loaded.model, stops, prepared.tokenizer.pad_token_id)
+    if acceleration.fast_layers:
+        acceleration = report(model)  # asked again: the adapter may be of a kind that runs stock
+    if config.acceleration == "on" and acceleration.fast_layers < len(acceleration.layers):
+        logger.warning("acceleration: on, but %s", "; ".join(acceleration.lines))
     return PreparedModel(model, loaded, acceleration, count_parameters(model), notes)
 
 

@@ -16,8 +16,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pyralis.data.collate import Collator
 from pyralis.data.template import ChatTemplate, save_template
 from pyralis.errors import ConfigError
+from pyralis.models.causal_lm import causal_lm_loss
 from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json, write_text
 from pyralis.train.embedding_rate import embedding_parameters, give_learning_rate
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
@@ -81,19 +83,30 @@ class PyralisTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Sum of the micro-batch's token losses / `num_items_in_batch` (its own number of tokens if not given)."""
+        """Sum of the micro-batch's token losses / `num_items_in_batch` (its own number of tokens if not given).
+
+        Logits are stored only where `return_outputs` asks for them, or the model's head is not a plain one.
+        """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        outputs = model(**inputs, use_cache=False)
-        loss, count = supervised_loss_sum(outputs.logits, labels, label_smoothing=self.args.label_smoothing_factor)
-        if num_items_in_batch is None:
-            loss = loss / count.clamp(min=1)
+        smoothing = self.args.label_smoothing_factor
+        outputs = None
+        if return_outputs:
+            outputs = model(**inputs, use_cache=False)
+            loss, count = supervised_loss_sum(outputs.logits, labels, label_smoothing=smoothing)
+            loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         else:
+            inputs |= self._layout_hint(inputs)
+            loss = causal_lm_loss(model, inputs, labels, num_items_in_batch, label_smoothing=smoothing)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Data parallelism averages gradients over processes; the sum over processes is wanted.
-            loss = loss / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _layout_hint(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the collator knows and a mask on a GPU would have to be read for: our padding is on the right."""
+        padded = isinstance(self.data_collator, Collator) and "position_ids" not in inputs
+        return {"padding_side": "right"} if padded else {}
 
     def prediction_step(
         self,
@@ -107,8 +120,8 @@ class PyralisTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs, use_cache=False).logits
-            loss, count = supervised_loss_sum(logits, labels)
+            loss = causal_lm_loss(model, inputs | self._layout_hint(inputs), labels, num_items=1.0)
+        count = (labels[:, 1:] != IGNORE_INDEX).sum()
         self._eval_sums.append(torch.stack([loss.double(), count.double()]))
         return loss / count.clamp(min=1), None, None
 
