@@ -18,6 +18,7 @@ import pyralis.bench.cases
 from pyralis.bench.case import PYRALIS, SHAPES, BenchCase
 from pyralis.bench.measure import Rates, Timing, bench_stream, measure_rates, require_gpu, time_rotating
 from pyralis.errors import ConfigError
+from pyralis.models.staging import write_text
 
 INPUT_SETS = 3
 
@@ -141,6 +142,4 @@ def _versions() -> dict[str, str]:
 def write_json(path: Path, results: Sequence[Result], rates: Rates) -> None:
     """Everything measured, with the versions and the GPU; written beside and renamed."""
     record = {"rates": asdict(rates), "versions": _versions(), "results": [asdict(result) for result in results]}
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps(record, indent=1) + "\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pyralis import __version__
 from pyralis.data.settings import DataSettings
 from pyralis.data.template import ChatTemplate
 from pyralis.errors import DataError
+from pyralis.models import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,8 @@ _NOT_IN_KEY = ("files", "eval_files", "num_workers", "cache_dir")
 
 def cache_root(cache_dir: str | None) -> Path:
     """`datasets` in `cache_dir`, else in $PYRALIS_CACHE, $XDG_CACHE_HOME/pyralis or ~/.cache/pyralis."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser() / "datasets"
-    xdg = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyralis"
-    return Path(os.environ.get("PYRALIS_CACHE") or xdg).expanduser() / "datasets"
+    root = fetch.cache_root() if cache_dir is None else Path(cache_dir).expanduser()
+    return root / "datasets"
 
 
 def file_digest(path: Path) -> str:

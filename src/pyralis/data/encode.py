@@ -22,6 +22,7 @@ from pyralis.data.settings import DataSettings
 from pyralis.data.template import ChatTemplate
 from pyralis.data.tokenize import (
     Encoded,
+    adds_bos,
     encode_conversation,
     encode_conversations,
     encode_prompt_completion,
@@ -169,12 +170,6 @@ class Encoder:
         if isinstance(record, Conversation) and not any(m.role == "assistant" for m in record.messages):
             return NO_ANSWER
         return NO_ROOM if length > self.settings.max_seq_length else EMPTY
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts a BOS before text by itself, as its model saw it in pretraining."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def _all_learnt(ids: list[int], full_length: int) -> Encoded:

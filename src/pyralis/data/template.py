@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +16,7 @@ from pyralis.data.named_templates import TEMPLATES
 from pyralis.data.rendering import ChatTemplate, Rendered, Span
 from pyralis.data.types import Message
 from pyralis.errors import TemplateError
+from pyralis.models.staging import write_text
 
 __all__ = [
     "TEMPLATE_FILE",
@@ -75,10 +75,7 @@ def install_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase)
 
 def save_template(template: ChatTemplate, folder: Path) -> None:
     """Writes the template beside a result, for `load_template`."""
-    target = folder / TEMPLATE_FILE
-    beside = target.with_suffix(".tmp")
-    beside.write_text(json.dumps(template.settings(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, target)
+    write_text(folder / TEMPLATE_FILE, json.dumps(template.settings(), ensure_ascii=False, indent=2) + "\n")
 
 
 def load_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

@@ -124,7 +124,7 @@ def encode_prompt_completion(
     learnt = tokens_in([Span(len(prompt), len(text), turn=0)], tokenised, tokenizer)
     ids = _with_eos(tokenised.ids, tokenizer)
     learnt = [*learnt, True][: len(ids)]
-    if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
+    if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
         ids, learnt = [tokenizer.bos_token_id, *ids], [False, *learnt]
     return _encoded(ids, learnt, max_length)
 
@@ -189,6 +189,7 @@ def _with_eos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     return [*ids] if list(ids[-1:]) == [eos] else [*ids, eos]
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a BOS before text by itself, as its model saw it in pretraining."""
     bos = tokenizer.bos_token_id
     return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]

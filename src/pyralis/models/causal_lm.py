@@ -26,13 +26,13 @@ from pyralis.models.layer_state import HOOKS
 from pyralis.models.layout import HINTS
 from pyralis.models.modules import Unlike, expect_class, expect_members_of_leaf
 from pyralis.models.swap import is_fast, stock_class
+from pyralis.ops._loss import IGNORE_INDEX
 from pyralis.ops.cross_entropy import cross_entropy
 from pyralis.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["causal_lm_forward", "causal_lm_loss", "family_of_model", "head_reason"]
 
 REQUEST = "pyralis_loss"
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, eq=False)

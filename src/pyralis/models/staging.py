@@ -1,13 +1,21 @@
-"""Folders that appear whole: written beside their place and renamed."""
+"""Files and folders that appear whole: written beside their place and renamed."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pyralis.errors import ModelError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader or a killed run never sees half a file."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
 
 
 @contextmanager

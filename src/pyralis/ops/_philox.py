@@ -9,6 +9,8 @@ Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); 7 rou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,14 +25,23 @@ def random_halves(seed: Tensor, draw: Tensor, n: int) -> Tensor:
     """[n] int32 in [0, 2^16): the bits of elements 0 to n. seed, draw: integer tensors of one element."""
     block = torch.arange(cdiv(n, 8), dtype=torch.int64, device=seed.device)
     seed, draw = seed.reshape(()).long(), draw.reshape(()).long() & _LOW
-    c = [block & _LOW, block >> 32, draw.expand_as(block), torch.zeros_like(block)]
+    counter = (block & _LOW, block >> 32, draw.expand_as(block), torch.zeros_like(block))
+    return halves_of(seed, counter).flatten()[:n].int()
+
+
+def halves_of(seed: Tensor, counter: Sequence[Tensor]) -> Tensor:
+    """[..., 8] int64 in [0, 2^16): the halves of the four words of each counter, low ones first.
+
+    seed: a 64-bit integer; counter: four tensors of 32-bit integers that broadcast to [...].
+    """
+    c = list(counter)
     key = [seed & _LOW, (seed >> 32) & _LOW]
     for _ in range(ROUNDS):
         (high0, low0), (high2, low2) = _product(c[0], 0xD2511F53), _product(c[2], 0xCD9E8D57)
         c = [high2 ^ c[1] ^ key[0], low2, high0 ^ c[3] ^ key[1], low0]
         key = [(key[0] + 0x9E3779B9) & _LOW, (key[1] + 0xBB67AE85) & _LOW]
-    words = torch.stack(c, -1)
-    return torch.stack([words & 0xFFFF, words >> 16], -1).flatten()[:n].int()
+    words = torch.stack(torch.broadcast_tensors(*c), -1)
+    return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-2)
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyralis.ops._philox import ROUNDS, halves_of
 from pyralis.ops._triton import (
     at_least_float32,
     cdiv,
@@ -28,7 +29,6 @@ from pyralis.ops._triton import (
 )
 
 LEVELS = 1 << 16
-ROUNDS = 7
 _ROUNDS = tl.constexpr(ROUNDS)
 
 
@@ -46,21 +46,8 @@ def reference(rng: Tensor, stream: int, rows: int, features: int, threshold: int
     """keep [rows, features] bool: Philox in 64-bit integers."""
     seed, draw = rng[0], rng[1] & 0xFFFFFFFF
     blocks = torch.arange(cdiv(features, 8), device=rng.device)
-    c = [blocks.expand(rows, -1), torch.arange(rows, device=rng.device)[:, None], torch.full_like(draw, stream), draw]
-    key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
-    for _ in range(ROUNDS):
-        (high0, low0), (high2, low2) = _product(c[0], 0xD2511F53), _product(c[2], 0xCD9E8D57)
-        c = [high2 ^ c[1] ^ key[0], low2, high0 ^ c[3] ^ key[1], low0]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    words = torch.stack([word.expand(rows, len(blocks)) for word in c], -1)
-    halves = torch.stack([words & 0xFFFF, words >> 16], -1).reshape(rows, 8 * len(blocks))
-    return halves[:, :features] >= threshold
-
-
-def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """(high, low) 32 bits of a product of two 32-bit values."""
-    upper, lower = (a >> 16) * b, (a & 0xFFFF) * b
-    return (upper + (lower >> 16)) >> 16, (a * b) & 0xFFFFFFFF
+    counter = (blocks, torch.arange(rows, device=rng.device)[:, None], torch.full_like(draw, stream), draw)
+    return halves_of(seed, counter).flatten(-2)[:, :features] >= threshold
 
 
 def masked(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyralis.errors import ConfigError
+from pyralis.models.staging import write_text
 
 CONFIG_NAME = "pyralis_config.json"
 RUN_NAME = "pyralis_run.json"
@@ -33,13 +34,6 @@ FREE_TO_CHANGE = frozenset(
         "local_rank", "ddp_timeout",
     }
 )  # fmt: skip
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader or a killed run never sees half a file."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

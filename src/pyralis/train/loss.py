@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-IGNORE_INDEX = -100
+from pyralis.ops._loss import IGNORE_INDEX
 
 
 def supervised_loss_sum(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +16,7 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pyralis import __version__
+from pyralis.models.staging import write_text
 from pyralis.train import format as numbers
 from pyralis.train.environment import Environment
 from pyralis.train.metric_rows import Metric
@@ -79,9 +79,7 @@ def write_report(path: str | Path, info: ReportInfo) -> None:
     """Write the report beside `path` and rename it. Everything that came from outside is escaped."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(render_report(info), encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, render_report(info))
 
 
 def render_report(info: ReportInfo) -> str:

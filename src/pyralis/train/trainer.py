@@ -20,7 +20,8 @@ from pyralis.data.collate import Collator
 from pyralis.data.template import ChatTemplate, save_template
 from pyralis.errors import ConfigError
 from pyralis.models.causal_lm import causal_lm_loss
-from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json, write_text
+from pyralis.models.staging import write_text
+from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json
 from pyralis.train.embedding_rate import embedding_parameters, give_learning_rate
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
 from pyralis.train.refusals import refusals_named
