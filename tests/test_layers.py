@@ -14,11 +14,12 @@ RANK = {
     "ops": 1,
     "memory": 2, "models": 2, "lora": 2,
     "engine": 3,
-    "data": 4, "train": 4, "export": 4, "serve": 4, "bench": 4,
-    "cli": 5, "__main__": 6, "__init__": 6,
+    "data": 4, "train": 4, "export": 4, "serve": 4, "bench": 4, "verify": 4,
+    "api": 5,
+    "cli": 6, "__main__": 7, "__init__": 7,
 }  # fmt: skip
 # within rank 4 the imports go one way
-ORDER_IN_RANK_4 = {"data": 0, "train": 1, "export": 2, "serve": 2, "bench": 2}
+ORDER_IN_RANK_4 = {"data": 0, "train": 1, "export": 2, "serve": 2, "bench": 2, "verify": 2}
 
 
 def unit_of(path: Path) -> str:
