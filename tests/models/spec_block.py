@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from pyralis.models import fast_path
 from pyralis.models.block_protocol import Prepared
 from pyralis.models.fused import FusedBlock
+from pyralis.models.policy import SavePolicy
 from pyralis.models.spec import LayerSpec, NormSpec, Projection
 from pyralis.ops import attention, glu, rms_norm
 from pyralis.ops.attention_spec import AttentionLayout
 
 
 class SpecBlock:
-    """Counts what it ran: `calls`, and `recomputed`, of these under gradient checkpointing."""
+    """Counts what it ran: `calls`, `recomputed`, of these under gradient checkpointing, and the last `policy`."""
 
     def __init__(self) -> None:
         self.calls = self.recomputed = 0
+        self.policy: SavePolicy = "keep"
 
     def prepare(self, layers: Sequence[tuple[nn.Module, LayerSpec]], kept: Any) -> Prepared:
         return Prepared([(layer, spec) for layer, spec in layers])
@@ -34,10 +36,18 @@ class SpecBlock:
         raise AssertionError("nothing was kept")
 
     def run(
-        self, handle: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout, *, recompute: bool
+        self,
+        handle: Any,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: AttentionLayout,
+        *,
+        policy: SavePolicy,
     ) -> Tensor:
         self.calls += 1
-        self.recomputed += recompute
+        self.recomputed += policy != "keep"
+        self.policy = policy
         layer, spec = handle
         rows, tokens, features = hidden_states.shape
         cos, sin = (t.expand(rows, tokens, -1).reshape(rows * tokens, -1) for t in (cos, sin))
@@ -49,11 +59,13 @@ class CountedFused(FusedBlock):
 
     def __init__(self) -> None:
         self.calls = self.recomputed = 0
+        self.policy: SavePolicy = "keep"
 
-    def run(self, *args: Any, recompute: bool) -> Tensor:
+    def run(self, *args: Any, policy: SavePolicy) -> Tensor:
         self.calls += 1
-        self.recomputed += recompute
-        return super().run(*args, recompute=recompute)
+        self.recomputed += policy != "keep"
+        self.policy = policy
+        return super().run(*args, policy=policy)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pyralis.models.policy import SavePolicy
 from pyralis.models.spec import LayerSpec
 from pyralis.ops.attention_spec import AttentionLayout
 
@@ -23,9 +24,9 @@ class Block(Protocol):
 
     def run(
         self, handle: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout,
-        *, recompute: bool,
+        *, policy: SavePolicy,
     ) -> Tensor:  # fmt: skip
-        """A layer's output [B, S, H]; recompute: gradient checkpointing is on, keep as little as may be."""
+        """A layer's output [B, S, H]; policy: what to keep of it for the backward."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from pyralis.models.block_protocol import Block
+from pyralis.models.checkpointing import save_policy
 from pyralis.models.detect import Reason
 from pyralis.models.fused import FusedBlock
 from pyralis.models.layer_state import LayerState, look_again
 from pyralis.models.layout import HINTS, READ, BatchShape, batch_layout
 from pyralis.models.spec import LayerSpec
-from pyralis.models.swap import FAST_STATE, call_stock, is_checkpointed, stock_class
+from pyralis.models.swap import FAST_STATE, call_stock, stock_class
 from pyralis.ops.attention_spec import AttentionLayout
 
 CALL = "pyralis_call"
@@ -86,7 +87,7 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     if call is None or block is None or (handle := call.handles.get(id(self))) is None:
         return call_stock(self, hidden_states, *args, **kwargs)
     cos, sin = kwargs["position_embeddings"]
-    return block.run(handle, hidden_states, cos, sin, call.layout, recompute=is_checkpointed(self))
+    return block.run(handle, hidden_states, cos, sin, call.layout, policy=save_policy(self))
 
 
 def backbone_state(backbone: nn.Module) -> BackboneState:

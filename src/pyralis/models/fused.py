@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyralis.memory.offload import PinnedStore
 from pyralis.models.block import fused_layer
 from pyralis.models.block_protocol import Prepared
 from pyralis.models.detect import Reason
 from pyralis.models.model_weights import ModelWeights
+from pyralis.models.policy import SavePolicy
 from pyralis.models.spec import LayerSpec
 from pyralis.models.weights import LayerState, LayerWeights
 from pyralis.ops.attention_spec import AttentionLayout
@@ -23,16 +25,21 @@ Layers = Sequence[tuple[nn.Module, LayerSpec]]
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The weights of a model's fused layers, and the parts of the layers that they were laid out for."""
+    """The weights of a model's fused layers, and the parts of the layers that they were laid out for.
+
+    store: where the inputs of layers wait that are offloaded.
+    """
 
     parts: list[tuple[nn.Module, LayerSpec, tuple[nn.Module, ...]]]
     weights: ModelWeights
+    store: PinnedStore = field(default_factory=PinnedStore)
 
 
 @dataclass(frozen=True, eq=False)
 class Handle:
     weights: LayerWeights
     model: ModelWeights
+    store: PinnedStore
     rng: Tensor | None  # of dropout, in this call
 
 
@@ -50,7 +57,7 @@ class FusedBlock:
         handles: list[Handle | Reason] = []
         for weights, problem in zip(model.layers, problems):
             reason = Reason(problem) if problem is not None else _unserved(weights.state, autocast)
-            handles.append(Handle(weights, model, rng) if reason is None else reason)
+            handles.append(Handle(weights, model, kept.store, rng) if reason is None else reason)
         return Prepared(handles, kept)
 
     def release(self, kept: Kept) -> None:
@@ -58,12 +65,12 @@ class FusedBlock:
 
     def run(
         self, handle: Handle, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout,
-        *, recompute: bool,
+        *, policy: SavePolicy,
     ) -> Tensor:  # fmt: skip
         with _plain_tensors():
             return fused_layer(
                 hidden_states, cos, sin, layout, handle.weights, handle.model.gradients,
-                policy="recompute_layer" if recompute else "keep", rng=handle.rng,
+                policy=policy, rng=handle.rng, store=handle.store,
             )  # fmt: skip
 
 
