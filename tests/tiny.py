@@ -94,7 +94,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-longrope": (
         "phi3",
         {
-            "rope_scaling": {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [3.0] * 8},
+            "rope_scaling": {"rope_type": "longrope", "short_factor": [1.5], "long_factor": [3.0]},  # as long as needed
             "original_max_position_embeddings": 16,
         },
     ),
@@ -140,6 +140,8 @@ def build_tiny_model(family: str = "llama", *, seed: int = 0, **config: Any) -> 
     """The model alone, in float32 and eval mode."""
     ids = {name: SPECIAL_TOKENS.index(token) for name, token in _SPECIAL_IDS.items()}
     fields = {"vocab_size": VOCAB_SIZE, **ids, "initializer_range": 0.1, **FAMILIES[family], **config}
+    if (scaling := fields.get("rope_scaling") or {}).get("rope_type") == "longrope":
+        fields["rope_scaling"] = _lengthened(scaling, fields["hidden_size"] // fields["num_attention_heads"] // 2)
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
@@ -151,6 +153,11 @@ def build_tiny_model(family: str = "llama", *, seed: int = 0, **config: Any) -> 
     finally:
         torch.random.set_rng_state(state)
     return model.eval()
+
+
+def _lengthened(scaling: dict[str, Any], frequencies: int) -> dict[str, Any]:
+    """longrope has a factor for each frequency: one for all of them, repeated."""
+    return scaling | {name: scaling[name] * frequencies for name in ("short_factor", "long_factor")}
 
 
 def build_tiny_variant(name: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
