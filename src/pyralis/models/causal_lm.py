@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -25,14 +25,37 @@ from pyralis.models.families import FAMILIES, Family
 from pyralis.models.layer_state import HOOKS
 from pyralis.models.layout import HINTS
 from pyralis.models.modules import Unlike, expect_class, expect_members_of_leaf
-from pyralis.models.swap import is_fast, stock_class
+from pyralis.models.swap import FAST_STATE, is_fast, stock_class
 from pyralis.ops._loss import IGNORE_INDEX
 from pyralis.ops.cross_entropy import cross_entropy
 from pyralis.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["causal_lm_forward", "causal_lm_loss", "family_of_model", "head_reason"]
+__all__ = [
+    "CausalState", "Head", "LossEngine", "LossRequest", "Request", "answer", "answer_of_decoder", "causal_lm_forward",
+    "causal_lm_loss", "causal_lm_of", "causal_state", "family_of_model", "head_reason",
+]  # fmt: skip
 
 REQUEST = "pyralis_loss"
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """logits = softcap(logit_scale * (hidden @ weight^T + bias)); all in one dtype"""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+class Request(Protocol):
+    """What is wanted of a causal LM in place of its logits."""
+
+    def of_hidden(self, hidden: Tensor, head: Head) -> Any:
+        """From the last hidden states [B, S, H]."""
+
+    def of_logits(self, logits: Tensor) -> Any:
+        """From stock logits [B, S, V]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +65,37 @@ class LossRequest:
     label_smoothing: float
     supervised_rows: int | None
 
+    def of_hidden(self, hidden: Tensor, head: Head) -> CausalLMOutputWithPast:
+        labels, rows = _shifted(self.labels), self.supervised_rows
+        if rows is None and labels.device.type == "cpu":
+            rows = int((labels != IGNORE_INDEX).sum())
+        loss = linear_cross_entropy(
+            hidden, head.weight, labels, bias=head.bias, num_items=self.num_items, supervised_rows=rows,
+            softcap=head.softcap, logit_scale=head.logit_scale, label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        return CausalLMOutputWithPast(loss=loss)
 
-@dataclass(frozen=True, eq=False)
-class Head:
-    """logits = softcap(logit_scale * (hidden @ weight^T + bias))"""
+    def of_logits(self, logits: Tensor) -> CausalLMOutputWithPast:
+        items: Any = self.num_items
+        labels, smoothing = _shifted(self.labels), self.label_smoothing
+        return CausalLMOutputWithPast(loss=cross_entropy(logits, labels, num_items=items, label_smoothing=smoothing))
 
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
+
+class LossEngine(Protocol):
+    """What computes the training loss in place of `answer_of_decoder`, if it can: see `engine/step_graphs.py`."""
+
+    def __call__(self, causal: Any, head: Head, arguments: Mapping[str, Any], request: LossRequest) -> Tensor: ...
+
+
+@dataclass(eq=False)
+class CausalState:
+    """Kept with a fast causal LM."""
+
+    engine: LossEngine | None = None
+
+
+def causal_state(causal: nn.Module) -> CausalState:
+    return vars(causal).setdefault(FAST_STATE, CausalState())
 
 
 def causal_lm_loss(
@@ -71,17 +116,21 @@ def causal_lm_loss(
         num_items: by default the number of supervised tokens. 0 counts as 1.
         supervised_rows: how many labels[:, 1:] are not -100, if the CPU knows: others then never reach the head.
     """
-    request = LossRequest(labels, num_items, label_smoothing, supervised_rows)
+    return answer(model, inputs, LossRequest(labels, num_items, label_smoothing, supervised_rows)).loss
+
+
+def answer(model: nn.Module, inputs: Mapping[str, Any], request: Request) -> Any:
+    """What `request` makes of a causal LM, called as it is wrapped. No cache is made."""
     arguments = {**inputs, "use_cache": False}
-    if is_fast(_causal_lm(model)):
-        return model(**arguments, **{REQUEST: request}).loss
+    if is_fast(causal_lm_of(model)):
+        return model(**arguments, **{REQUEST: request})
     hints = [name for name in HINTS if name in arguments]
-    return _loss_of_logits(model(**{k: v for k, v in arguments.items() if k not in hints}).logits, request)
+    return request.of_logits(model(**{k: v for k, v in arguments.items() if k not in hints}).logits)
 
 
 def head_reason(model: nn.Module) -> Reason | None:
     """Why the model's logits are stored whole in training; None if they are not."""
-    causal: Any = _causal_lm(model)
+    causal: Any = causal_lm_of(model)
     if not is_fast(causal):
         return Reason("the model is not accelerated")
     head = _head(causal)
@@ -97,25 +146,29 @@ def family_of_model(model: nn.Module) -> Family | None:
 def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Of the causal LM, in place of its class's."""
     stock: Any = stock_class(type(self))
-    request: LossRequest | None = kwargs.pop(REQUEST, None)
+    request: Request | None = kwargs.pop(REQUEST, None)
     if request is None:
         return stock.forward(self, *args, **kwargs)
     head = _head(self)
     if isinstance(head, Reason):
-        return CausalLMOutputWithPast(loss=_loss_of_logits(stock.forward(self, *args, **kwargs).logits, request))
+        return request.of_logits(stock.forward(self, *args, **kwargs).logits)
     arguments = dict(zip(_parameters(stock), args)) | kwargs
     for name in ("labels", "logits_to_keep"):  # the head's, not the decoder's
         arguments.pop(name, None)
-    hidden, weight, bias = _alike(self.model(**arguments).last_hidden_state, head.weight, head.bias)
-    labels = _shifted(request.labels)
-    rows = request.supervised_rows
-    if rows is None and labels.device.type == "cpu":
-        rows = int((labels != IGNORE_INDEX).sum())
-    loss = linear_cross_entropy(
-        hidden, weight, labels, bias=bias, num_items=request.num_items, supervised_rows=rows,
-        softcap=head.softcap, logit_scale=head.logit_scale, label_smoothing=request.label_smoothing,
-    )  # fmt: skip
-    return CausalLMOutputWithPast(loss=loss)
+    engine = causal_state(self).engine
+    if engine is not None and isinstance(request, LossRequest):
+        return CausalLMOutputWithPast(loss=engine(self, head, arguments, request))
+    return answer_of_decoder(self, head, arguments, request)
+
+
+def answer_of_decoder(causal: Any, head: Head, arguments: Mapping[str, Any], request: Request) -> Any:
+    """What `request` makes of a causal LM whose decoder is called with `arguments`."""
+    hidden = causal.model(**arguments).last_hidden_state
+    if torch.is_autocast_enabled(hidden.device.type):  # the dtype that it would have them multiplied in
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        hidden, head = hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias)
+    return request.of_hidden(hidden, head)
 
 
 def _head(causal: Any) -> Head | Reason:
@@ -139,26 +192,12 @@ def _head(causal: Any) -> Head | Reason:
     return Head(linear.weight, linear.bias, softcap, 1 / config.logits_scaling if family.logits_scaling else 1.0)
 
 
-def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype that autocast would have them multiplied in."""
-    if not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _loss_of_logits(logits: Tensor, request: LossRequest) -> Tensor:
-    labels, smoothing = _shifted(request.labels), request.label_smoothing
-    items: Any = request.num_items
-    return cross_entropy(logits, labels, num_items=items, label_smoothing=smoothing)
-
-
 def _shifted(labels: Tensor) -> Tensor:
     """What each position is to predict."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def _causal_lm(model: Any) -> nn.Module:
+def causal_lm_of(model: Any) -> nn.Module:
     """The causal LM inside DistributedDataParallel, torch.compile and PEFT."""
     while True:
         if hasattr(model, "_orig_mod"):

@@ -24,6 +24,7 @@ from pyralis.ops import cross_entropy
 from pyralis.ops._head import HeadChunks, HeadGradients, SupervisedRows, check_head, logit_chunks, scaled_rows
 from pyralis.ops._loss import IGNORE_INDEX, PLAIN, LossSettings, RowLosses
 from pyralis.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from pyralis.ops.head_statistics import HeadStatistics, head_statistics
 from pyralis.ops.linear_cross_entropy import FLOAT16_HEADROOM, supported
 
 __all__ = ["reference", "supported", "token_logprobs", "token_logprobs_backward", "token_logprobs_forward"]
@@ -46,15 +47,20 @@ def token_logprobs_forward(
     settings: LossSettings = PLAIN,
     supervised_rows: int | None = None,
     chunk_bytes: int | None = None,
+    statistics: HeadStatistics | None = None,
 ) -> tuple[Tensor, RowLosses]:
     """(y [T], what the backward needs of each of the R rows). No autograd; arguments as of `token_logprobs`."""
     check_head(hidden, weight, bias, labels)
+    if statistics is not None and supervised_rows is not None:
+        raise ValueError("statistics are of all rows; leave supervised_rows out, and give only the rows that count")
     rows = SupervisedRows.of(labels, supervised_rows)
     if rows is not None:
         hidden, labels = hidden.index_select(0, rows.index), rows.labels
     stats = RowLosses.empty(len(hidden), hidden)
     for part, logits in logit_chunks(HeadChunks.for_head(hidden, weight, chunk_bytes), hidden, weight, bias):
         cross_entropy_forward(logits, labels[part], settings, out=stats.rows(part))
+        if statistics is not None:
+            head_statistics(logits, labels[part], settings, out=statistics.rows(part))
     y = -stats.loss
     if rows is not None:
         y = torch.cat([y, y.new_zeros(1)]).index_select(0, rows.place) + rows.poison
@@ -105,12 +111,13 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, settings: LossSettings,
-        supervised_rows: int | None, chunk_bytes: int | None,
+        supervised_rows: int | None, chunk_bytes: int | None, statistics: HeadStatistics | None,
     ) -> Tensor:  # fmt: skip
         x, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         y, stats = token_logprobs_forward(
-            x, weight, flat, bias=bias, settings=settings, supervised_rows=supervised_rows, chunk_bytes=chunk_bytes
-        )
+            x, weight, flat, bias=bias, settings=settings, supervised_rows=supervised_rows, chunk_bytes=chunk_bytes,
+            statistics=statistics,
+        )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, flat, *stats)
         ctx.shape, ctx.settings, ctx.supervised_rows, ctx.chunk_bytes = (
             hidden.shape, settings, supervised_rows, chunk_bytes,
@@ -124,7 +131,7 @@ class _TokenLogprobs(torch.autograd.Function):
             dy.reshape(-1), x, weight, labels, RowLosses(*stats), bias=bias, settings=ctx.settings,
             supervised_rows=ctx.supervised_rows, chunk_bytes=ctx.chunk_bytes, needs=ctx.needs_input_grad[:3],
         )  # fmt: skip
-        return None if dhidden is None else dhidden.view(ctx.shape), dweight, dbias, *[None] * 4
+        return None if dhidden is None else dhidden.view(ctx.shape), dweight, dbias, *[None] * 5
 
 
 def token_logprobs(
@@ -137,10 +144,12 @@ def token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int | None = None,
+    statistics: HeadStatistics | None = None,
 ) -> Tensor:
     """y [...] float32, 0 where the label is -100; differentiable in hidden [..., H], weight [V, H] and bias [V].
 
-    Arguments and errors as of `linear_cross_entropy`. One backward costs the logits' GEMM a second time.
+    Arguments and errors as of `linear_cross_entropy`. One backward costs the logits' GEMM a second time. `statistics`
+    [T] (`HeadStatistics.empty`) are filled in on the way; they go without `supervised_rows`.
     """
     settings = LossSettings(softcap, logit_scale)
-    return _TokenLogprobs.apply(hidden, weight, bias, labels, settings, supervised_rows, chunk_bytes)
+    return _TokenLogprobs.apply(hidden, weight, bias, labels, settings, supervised_rows, chunk_bytes, statistics)
