@@ -66,6 +66,37 @@ class LinearState:
         )
 
 
+def glance(module: Any) -> tuple[Any, ...]:
+    """All that `read_linear` looks at in a module, unjudged and in 2 us: while it is equal, so is what was read.
+
+    Modules are held, and compared by identity; parameters are not held.
+    """
+    modules = module._modules
+    if "lora_A" not in modules:
+        return module, *_glance_parameters(module)
+    base, names = modules["base_layer"], module.active_adapters
+    found = (
+        module, base, *_glance_parameters(base), module.disable_adapters, module.merged, tuple(names),
+        vars(module).get("fan_in_fan_out"),
+    )  # fmt: skip
+    for name in names:
+        A = modules["lora_A"]._modules.get(name)
+        if A is not None:
+            B, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+            found += (
+                A, *_glance_parameters(A), B, *_glance_parameters(B), dropout, vars(dropout).get("p"),
+                dropout.training, module.scaling[name], name in module.lora_variant,
+            )  # fmt: skip
+    return found
+
+
+def _glance_parameters(module: Any) -> list[Any]:
+    found: list[Any] = []
+    for p in module._parameters.values():
+        found += (None,) if p is None else (id(p), p.data_ptr(), p.shape, p.dtype, p.requires_grad)
+    return found
+
+
 def is_four_bit(base: nn.Module) -> bool:
     return type(base).__name__ == "Linear4bit" and type(base).__module__.startswith("bitsandbytes")
 

@@ -30,7 +30,7 @@ class Kept:
     store: where the inputs of layers wait that are offloaded.
     """
 
-    parts: list[tuple[nn.Module, LayerSpec, tuple[nn.Module, ...]]]
+    parts: list[tuple[nn.Module, LayerSpec, tuple[nn.Module | None, ...]]]
     weights: ModelWeights
     store: PinnedStore = field(default_factory=PinnedStore)
 
@@ -47,7 +47,7 @@ class FusedBlock:
     """Every gradient is written into `.grad` while the backward runs; what else would have seen it is looked for."""
 
     def prepare(self, layers: Layers, kept: Kept | None) -> Prepared:
-        parts = [(layer, spec, tuple(layer.children())) for layer, spec in layers]
+        parts = [(layer, spec, tuple(layer._modules.values())) for layer, spec in layers]
         if kept is None or kept.parts != parts:
             kept = Kept(parts, ModelWeights(layers))
         model, autocast = kept.weights, _autocast_dtype(layers[0][0])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyralis.errors import ModelError
-from pyralis.models.adapters import LinearState, compute_dtype, read_linear
+from pyralis.models.adapters import LinearState, compute_dtype, glance, read_linear
 from pyralis.models.arena import Base, DenseBase
 from pyralis.models.group_state import GroupState, LayoutOptions, add_biases, build_group, fixed_copies
 from pyralis.models.spec import LayerSpec, NormSpec
@@ -82,6 +82,7 @@ class LayerWeights:
         self._states: dict[Hashable, LayerState] = {}
         self._state: LayerState | None = None
         self._homes: dict[str, tuple[nn.Module, str]] = {}
+        self._seen: tuple[list[Any], LayerState] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("layer", "spec", "index", "workspace", "options")
@@ -141,6 +142,33 @@ class LayerWeights:
     def collect(self, targets: list[Tensor], sources: list[Tensor], autocast: torch.dtype | None = None) -> None:
         """`refresh`, but what is left to copy is appended to the lists: one launch serves the layers of a model."""
         self._state = None
+        seen = self._glance(autocast)
+        if self._seen is not None and self._seen[0] == seen:
+            state = self._seen[1]
+        else:
+            state = self._read(autocast)
+            self._seen = self._glance(autocast), state  # laying out moves plain weights
+        self._state = state
+        for base in self._bases.values():
+            base.adapters_changed()
+        for group in state.adding:
+            add_biases(group)
+        targets += state.targets
+        sources += state.sources
+
+    def _glance(self, autocast: torch.dtype | None) -> list[Any]:
+        """Equal for as long as `_read` would find the same."""
+        found: list[Any] = [autocast]
+        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters have one, which takes a microsecond
+            for projection in self.spec.projections:
+                found += glance(self._module(projection.path))
+            for norm in self.spec.norms:
+                found += glance(self._module(norm.path))
+        return found
+
+    def _read(self, autocast: torch.dtype | None) -> LayerState:
+        """The state of the modules as they are, laid out anew if it was not before."""
+        self._seen = None
         linears = [read_linear(self._module(p.path), p) for p in self.spec.projections]
         norms = {norm.path: self._norm(norm) for norm in self.spec.norms}
         key = self._key(linears, norms, autocast)
@@ -148,15 +176,10 @@ class LayerWeights:
         if state is None:
             state = self._build(linears, norms, autocast)
             key = self._key(linears, norms, autocast)  # building moves plain weights
-        self._states[key] = self._state = state  # the last one used is the last one dropped
+        self._states[key] = state  # the last one used is the last one dropped
         while len(self._states) > KEPT_STATES:
             del self._states[next(iter(self._states))]
-        for base in self._bases.values():
-            base.adapters_changed()
-        for group in state.adding:
-            add_biases(group)
-        targets += state.targets
-        sources += state.sources
+        return state
 
     def _module(self, path: str) -> Any:
         home = self._homes.get(path)

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from pyralis.ops._compiled import launch_compiled
+
 try:
     import triton
     import triton.language as tl
@@ -101,15 +103,20 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported_tensors(*tensors: torch.Tensor | None) -> str | None:
     """Why kernels cannot take these tensors (None is skipped): device, dtype, or a last dimension that is strided."""
-    present = [t for t in tensors if t is not None]
-    if (reason := unavailable(present[0].device)) is not None:
-        return reason
-    for t in present:
-        if t.device != present[0].device:
-            return f"tensors on {present[0].device} and {t.device}"
+    device = None
+    for t in tensors:
+        if t is None:
+            continue
+        if device is None:
+            device = t.device
+            if (reason := unavailable(device)) is not None:
+                return reason
+        elif t.device != device:
+            return f"tensors on {device} and {t.device}"
         if t.dtype not in FLOAT_DTYPES:
             return f"dtype {t.dtype}"
-        if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
+        shape = t.shape
+        if shape and shape[-1] > 1 and t.stride()[-1] != 1:
             return "the last dimension is not contiguous"
     return None
 
@@ -164,17 +171,20 @@ def launch(
     """
     if 0 in grid:
         return
-    if device.type == "meta":
+    kind = device.type
+    if kind == "meta":
         recorder = _recorder.get()
         assert recorder is not None, "a kernel was launched on meta tensors outside recording()"
         recorder[1].append(Launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion))
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current device
-            kernel[grid](*args, **constexprs, **options)
-    else:
+    if kind != "cuda":
         kernel[grid](*args, **constexprs, **options)
+    elif device.index == torch.cuda.current_device():
+        launch_compiled(kernel, grid, args, constexprs, options, device.index)
+    else:
+        with torch.cuda.device(device):  # Triton launches on the current device
+            launch_compiled(kernel, grid, args, constexprs, options, device.index)
 
 
 @triton.jit
