@@ -31,6 +31,7 @@ from pyralis.models.swap import FAST_STATE, call_stock, stock_class
 from pyralis.ops.attention_spec import AttentionLayout
 
 CALL = "pyralis_call"
+LAYOUT = "pyralis_layout"  # an argument of the decoder: its AttentionLayout, from a caller that has it
 # Arguments of a decoder besides `READ` that mean nothing to a layer, or that are looked at here.
 UNDERSTOOD = frozenset(
     {
@@ -66,9 +67,10 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     stock: Any = stock_class(type(self))
     if torch.compiler.is_compiling():  # the stock layers are what it can trace
         return stock.forward(self, *args, **{name: value for name, value in kwargs.items() if name not in HINTS})
+    layout: AttentionLayout | None = kwargs.pop(LAYOUT, None)
     arguments = dict(zip(_parameters(stock), args)) | kwargs
     state = backbone_state(self)
-    call = _plan(self, state, arguments)
+    call = _plan(self, state, arguments, layout)
     for name in HINTS:
         arguments.pop(name, None)
     state.reason = call if isinstance(call, Reason) else None
@@ -94,7 +96,9 @@ def backbone_state(backbone: nn.Module) -> BackboneState:
     return vars(backbone).setdefault(FAST_STATE, BackboneState())
 
 
-def _plan(backbone: Any, state: BackboneState, arguments: Mapping[str, Any]) -> Call | Reason:
+def _plan(
+    backbone: Any, state: BackboneState, arguments: Mapping[str, Any], layout: AttentionLayout | None
+) -> Call | Reason:
     odd = [name for name, value in arguments.items() if value is not None and name not in UNDERSTOOD]
     if odd:
         return Reason(f"the argument {odd[0]} is not understood")
@@ -108,10 +112,8 @@ def _plan(backbone: Any, state: BackboneState, arguments: Mapping[str, Any]) -> 
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
     if inputs is None or inputs.dim() not in (2, 3):
         return Reason("no input_ids or inputs_embeds")
-    layout = batch_layout(BatchShape(inputs.shape[0], inputs.shape[1], inputs.device), arguments)
-    if isinstance(layout, Reason):
-        return layout
-    return Call(layout, prepare_layers(backbone, state))
+    found = layout or batch_layout(BatchShape(inputs.shape[0], inputs.shape[1], inputs.device), arguments)
+    return found if isinstance(found, Reason) else Call(found, prepare_layers(backbone, state))
 
 
 def prepare_layers(backbone: Any, state: BackboneState) -> dict[int, Any]:

@@ -35,15 +35,16 @@ class FlatGradients:
         """(the tensor that is `parameter.grad` from now on, whether to add to it)."""
         if parameter.grad is not None:
             return parameter.grad, True
-        view = self._view(parameter)
+        view = self.view(parameter)
         parameter.grad = torch.empty_like(parameter) if view is None else view
         return parameter.grad, False
 
     def serves(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether all of them have a place here."""
-        return all(self._view(p) is not None for p in parameters)
+        return all(self.view(p) is not None for p in parameters)
 
-    def _view(self, parameter: nn.Parameter) -> Tensor | None:
+    def view(self, parameter: nn.Parameter) -> Tensor | None:
+        """Its place in the buffer; None if it has none."""
         view = self._views.get(id(parameter))
         fits = view is not None and view.dtype == parameter.dtype and view.device == parameter.device
         return view if fits else None
