@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from pyralis.errors import ModelError
 from pyralis.lora.attach import LoraSettings, attach_lora
+from pyralis.models.hub import HubOptions
 from pyralis.models.load import ModelSettings, load_model, load_tokenizer
 from pyralis.models.nf4 import dequantize_model, dequantize_weight, four_bit_layers
 from tests.tiny import FAMILIES, build_tiny_model, make_tiny_model, make_tiny_tokenizer
@@ -189,3 +190,27 @@ def test_an_adapter_folder_names_its_base(llama: Path, tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)).get_vocab() == make_tiny_tokenizer().get_vocab()  # of the base
     with pytest.raises(ModelError, match="which full training would leave out: merge it first"):
         load_model(ModelSettings(str(tmp_path), "full"))
+
+
+def test_rope_is_scaled_for_longer_sequences(llama: Path) -> None:
+    loaded = load_model(ModelSettings(str(llama), dtype="float32", max_seq_length=2048))
+    assert loaded.model.config.rope_parameters["factor"] == 4.0
+    assert any(note.startswith("RoPE is scaled (linear x 4)") for note in loaded.notes)
+    assert "factor" not in load_model(ModelSettings(str(llama), max_seq_length=512)).model.config.rope_parameters
+    given = load_model(ModelSettings(str(llama), max_seq_length=2048, rope_scaling={"type": "dynamic", "factor": 2.0}))
+    assert given.model.config.rope_parameters["rope_type"] == "dynamic"
+
+
+def test_eight_bits(llama: Path) -> None:
+    loaded = load_model(ModelSettings(str(llama), "qlora", bits=8, dtype="float32"))
+    assert loaded.quantized
+    assert sum(type(module).__name__ == "Linear8bitLt" for module in loaded.model.modules()) == 14
+
+
+def test_the_hub_is_asked_as_said(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    load = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: asked.append(k) or load(*a, **k))
+    load_model(ModelSettings(str(llama), hub=HubOptions(token="hf_x", local_files_only=True)))
+    assert (asked[0]["token"], asked[0]["local_files_only"]) == ("hf_x", True)
+    assert "cache_dir" not in asked[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +15,9 @@ from pyralis.models.architecture import resolve_architecture
 from pyralis.models.dtype import DtypeChoice, DtypeName, choose_device, choose_dtype
 from pyralis.models.files import check_weights
 from pyralis.models.gguf import gguf_options
+from pyralis.models.hub import HubOptions
 from pyralis.models.nf4 import is_four_bit, settle_four_bit
+from pyralis.models.rope_scaling import RopeScaling, extend_context, set_rope_scaling
 from pyralis.models.source import ModelSource, locate_model
 from pyralis.models.tokenizer import load_tokenizer
 
@@ -29,20 +32,26 @@ class ModelSettings:
 
     Attributes:
         model_name_or_path: a folder, a .gguf file, an adapter's folder, a demo model's name or a hub name.
-        train_mode: `qlora` quantises the linear layers to 4 bits while loading.
+        train_mode: `qlora` quantises the linear layers while loading.
         dtype: to compute in; see `choose_dtype` for `auto`.
         master_weights: in `full` mode only: keep the weights in float32, to which small updates can be added
             (bfloat16 loses updates below 0.4 % of a weight), or in the compute dtype, at half the memory.
+        bits: of `qlora`: 4, or bitsandbytes' 8-bit layers.
         quant_type, double_quant: of bitsandbytes' 4-bit layers.
         attn_implementation: None lets transformers choose.
         allow_pickle_weights: read .bin files too. They can run code.
         base: for an adapter, the base model to take instead of the one it names.
+        max_seq_length: RoPE is scaled for sequences of that many tokens where the model is for shorter ones
+            (`rope_scaling.py`); None leaves it as it is.
+        rope_scaling: exactly this scaling instead.
+        device_map: as transformers takes it, for a model over several devices; None is one device.
     """
 
     model_name_or_path: str
     train_mode: TrainMode = "lora"
     dtype: DtypeName = "auto"
     master_weights: Literal["float32", "compute"] = "float32"
+    bits: Literal[4, 8] = 4
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
     attn_implementation: str | None = None
@@ -50,6 +59,10 @@ class ModelSettings:
     trust_remote_code: bool = False
     allow_pickle_weights: bool = False
     base: str | None = None
+    max_seq_length: int | None = None
+    rope_scaling: RopeScaling | None = None
+    device_map: str | Mapping[str, Any] | None = None
+    hub: HubOptions = field(default_factory=HubOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +103,23 @@ def load_model(
     notes = [choice.note] if choice.note else []
     config = _load_config(source, settings)
     stored = _check_quantization(config, source, settings)
+    if (note := _scale_rope(config, settings)) is not None:
+        notes.append(note)
 
     options: dict[str, Any] = {
         "config": config,
         "dtype": choice.dtype,
-        "device_map": {"": str(device)},
+        "device_map": {"": str(device)} if settings.device_map is None else settings.device_map,
         "revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
         "use_safetensors": None if settings.allow_pickle_weights else True,
+        **settings.hub.arguments,
     }
     if source.gguf_file:
         options |= {"gguf_file": source.gguf_file, **gguf_options()}
         notes.append("a GGUF file: its weights are dequantised, not the original ones")
     elif settings.train_mode == "qlora" and stored is None:
-        options["quantization_config"] = four_bit_config(settings, choice.dtype)
+        options["quantization_config"] = quantization(settings, choice.dtype)
     if settings.train_mode == "full" and settings.master_weights == "float32" and choice.dtype != torch.float32:
         options["dtype"] = torch.float32
         notes.append(f"float32 master weights, {str(choice.dtype).removeprefix('torch.')} compute")
@@ -124,7 +140,10 @@ def load_model(
     return LoadedModel(model.eval(), choice.dtype, quantized, device, source.adapter, tuple(notes))
 
 
-def four_bit_config(settings: ModelSettings, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization(settings: ModelSettings, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How a plain checkpoint is quantised while it is loaded."""
+    if settings.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=settings.quant_type,
@@ -160,6 +179,7 @@ def _load_config(source: ModelSource, settings: ModelSettings) -> PreTrainedConf
             source.path,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
+            **settings.hub.arguments,
             **({"gguf_file": source.gguf_file} if source.gguf_file else {}),
         )
     except OSError as error:
@@ -189,6 +209,12 @@ def _check_quantization(config: PreTrainedConfig, source: ModelSource, settings:
             f"{source.path} is quantised as {name} already: use train_mode `lora`, or the original weights."
         )
     return name
+
+
+def _scale_rope(config: PreTrainedConfig, settings: ModelSettings) -> str | None:
+    if settings.rope_scaling is not None:
+        return set_rope_scaling(config, settings.rope_scaling, settings.max_seq_length)
+    return None if settings.max_seq_length is None else extend_context(config, settings.max_seq_length)
 
 
 def _needed_attention(config: PreTrainedConfig) -> str | None:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pyralis.errors import ModelError
 from pyralis.models.files import TOKENIZER_FILES, has_tokenizer
 from pyralis.models.gguf import gguf_options
+from pyralis.models.hub import HubOptions
 from pyralis.models.source import is_adapter, locate_model
 
 # What models reserve for padding or leave unused, the best first; `tokenizer.unk_token` comes behind these.
@@ -24,7 +25,12 @@ PAD_CANDIDATES = (
 
 
 def load_tokenizer(
-    model_name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False, base: str | None = None
+    model_name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    base: str | None = None,
+    hub: HubOptions | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; of an adapter its own if it was saved with one, else its base model's.
 
@@ -40,7 +46,11 @@ def load_tokenizer(
     location, options = _find(model_name_or_path, revision, base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            location, revision=revision, trust_remote_code=trust_remote_code, **options
+            location,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            **(hub or HubOptions()).arguments,
+            **options,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
