@@ -12,7 +12,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from pyralis.ops.attention import attention_backward, attention_forward, reference
 from pyralis.ops.attention_reference import visible
-from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
+from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec, SharedKeys
 from tests.ops.harness import Accuracy, oracle_gradients, random
 
 CPU = torch.device("cpu")
@@ -30,8 +30,32 @@ def make_layout(name: str, device: torch.device) -> AttentionLayout:
         return AttentionLayout.padded(2, 37)
     if name == "packed":
         return AttentionLayout.packed(torch.tensor([0, 13, 13, 14, 70], dtype=torch.int32, device=device), 56, 70)
+    if name == "shared":
+        return shared_prompts(device, (7, 5, 12), (1, 3, 2), (9, 0, 4))
     assert name == "left_padded"
     return AttentionLayout.left_padded(torch.tensor([5, 0], device=device), 37)
+
+
+def shared_prompts(device: torch.device, *pairs: tuple[int, int, int]) -> AttentionLayout:
+    """Lengths of a prompt and its two answers -> the layout of p a b p a b ..."""
+    queries, keys, rows, again = [0], [0], [], []
+    at = 0
+    for prompt, a, b in pairs:
+        tokens = list(range(at, at + prompt + a + b))
+        again += [(t, len(rows) + prompt + a + i) for i, t in enumerate(tokens[:prompt])]
+        rows += [*tokens[: prompt + a], *tokens[:prompt], *tokens[prompt + a :]]
+        queries += [at + prompt + a, at + prompt + a + b]
+        keys += [keys[-1] + prompt + a, keys[-1] + prompt + a + prompt + b]
+        at += prompt + a + b
+    first = [rows.index(t) for t in range(at)]
+    shared = SharedKeys(
+        torch.tensor(keys, dtype=torch.int32, device=device),
+        torch.tensor(rows, device=device),
+        torch.tensor(first, device=device),
+        torch.tensor(again, device=device).t(),
+    )
+    longest = max(torch.tensor(keys).diff().tolist())
+    return AttentionLayout.shared_prompts(torch.tensor(queries, dtype=torch.int32, device=device), shared, longest, at)
 
 
 def inputs(

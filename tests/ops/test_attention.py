@@ -195,13 +195,14 @@ def test_a_backend_that_fails_when_tried_is_passed_over(monkeypatch: pytest.Monk
     right = module.BACKENDS["math"]
     backends = {"cudnn": replace(right, forward=raises), "flash": replace(right, forward=wide)}
     monkeypatch.setattr(module, "BACKENDS", {**module.BACKENDS, **backends})
-    for packed in (False, True):
-        assert module._try("cudnn", make_spec(4, 2, 64), packed, torch.float32, CPU) == "failed when tried: no engine"
-        assert module._try("flash", make_spec(4, 2, 64), packed, torch.float32, CPU) is None
+    for name in ("padded", "packed", "shared"):
+        trial = module._trial(make_layout(name, CPU), CPU)
+        assert module._try("cudnn", make_spec(4, 2, 64), trial, torch.float32, CPU) == "failed when tried: no engine"
+        assert module._try("flash", make_spec(4, 2, 64), trial, torch.float32, CPU) is None
         for window in (8, 4096):
-            reason = module._try("flash", make_spec(4, 2, 64, window), packed, torch.bfloat16, CPU)
+            reason = module._try("flash", make_spec(4, 2, 64, window), trial, torch.bfloat16, CPU)
             assert "computes something else" in str(reason)
-            assert module._try("flash_cpu", make_spec(4, 2, 64, window), packed, torch.bfloat16, CPU) is None
+            assert module._try("flash_cpu", make_spec(4, 2, 64, window), trial, torch.bfloat16, CPU) is None
 
 
 def test_a_wrong_gradient_is_noticed_when_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +214,7 @@ def test_a_wrong_gradient_is_noticed_when_tried(monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(module, "BACKENDS", {**module.BACKENDS, "flash_cpu": replace(right, backward=wrong)})
         assert "computes something else" in str(
-            module._try("flash_cpu", make_spec(4, 2, 64), False, torch.float16, CPU)
+            module._try("flash_cpu", make_spec(4, 2, 64), make_layout("padded", CPU), torch.float16, CPU)
         )
 
 

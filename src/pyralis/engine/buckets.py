@@ -58,6 +58,8 @@ def to_bucket(input_ids: Tensor, labels: Tensor, arguments: Mapping[str, Any]) -
     layout = batch_layout(shape, given)
     if isinstance(layout, Reason):
         return layout
+    if layout.shared is not None:
+        return Reason("prompts that are computed once")
     extra = bucket_length(tokens) - tokens
     positions, mask = given["position_ids"], given["attention_mask"]
     left = layout.cu_seqlens is not None and mask is not None

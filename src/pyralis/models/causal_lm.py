@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pyralis.models.detect import Reason
 from pyralis.models.families import FAMILIES, Family
 from pyralis.models.layer_state import HOOKS
-from pyralis.models.layout import HINTS
+from pyralis.models.layout import HINTS, refuse_shared_keys
 from pyralis.models.modules import Unlike, expect_class, expect_members_of_leaf
 from pyralis.models.swap import FAST_STATE, is_fast, stock_class
 from pyralis.ops._loss import IGNORE_INDEX
@@ -124,6 +124,7 @@ def answer(model: nn.Module, inputs: Mapping[str, Any], request: Request) -> Any
     arguments = {**inputs, "use_cache": False}
     if is_fast(causal_lm_of(model)):
         return model(**arguments, **{REQUEST: request})
+    refuse_shared_keys(arguments, "the model is not accelerated")
     hints = [name for name in HINTS if name in arguments]
     return request.of_logits(model(**{k: v for k, v in arguments.items() if k not in hints}).logits)
 
@@ -150,7 +151,7 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if request is None:
         return stock.forward(self, *args, **kwargs)
     head = _head(self)
-    if isinstance(head, Reason):
+    if isinstance(head, Reason):  # the decoder below is fast all the same
         return request.of_logits(stock.forward(self, *args, **kwargs).logits)
     arguments = dict(zip(_parameters(stock), args)) | kwargs
     for name in ("labels", "logits_to_keep"):  # the head's, not the decoder's

@@ -25,7 +25,7 @@ from pyralis.models.checkpointing import save_policy
 from pyralis.models.detect import Reason
 from pyralis.models.fused import FusedBlock
 from pyralis.models.layer_state import LayerState, look_again
-from pyralis.models.layout import HINTS, READ, BatchShape, batch_layout
+from pyralis.models.layout import HINTS, READ, BatchShape, batch_layout, refuse_shared_keys
 from pyralis.models.spec import LayerSpec
 from pyralis.models.swap import FAST_STATE, call_stock, stock_class
 from pyralis.ops.attention_spec import AttentionLayout
@@ -66,11 +66,14 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Of the decoder, in place of its class's."""
     stock: Any = stock_class(type(self))
     if torch.compiler.is_compiling():  # the stock layers are what it can trace
+        refuse_shared_keys(kwargs, "torch.compile traces the stock layers")
         return stock.forward(self, *args, **{name: value for name, value in kwargs.items() if name not in HINTS})
     layout: AttentionLayout | None = kwargs.pop(LAYOUT, None)
     arguments = dict(zip(_parameters(stock), args)) | kwargs
     state = backbone_state(self)
     call = _plan(self, state, arguments, layout)
+    if isinstance(call, Reason) or len(call.handles) < len(self.layers):
+        refuse_shared_keys(arguments, str(call) if isinstance(call, Reason) else "some layers run stock")
     for name in HINTS:
         arguments.pop(name, None)
     state.reason = call if isinstance(call, Reason) else None

@@ -18,12 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyralis.errors import ModelError
 from pyralis.models.detect import Reason
-from pyralis.ops.attention_spec import AttentionLayout
+from pyralis.ops.attention_spec import AttentionLayout, SharedKeys
 
 PADDING_SIDES = ("right", "left")
+# Packed sequences in which keys stand twice: {"rows", "first", "again"} of `SharedKeys`, beside `cu_seq_lens_q` and the
+# keys' `cu_seq_lens_k`. Stock attention has no word for it.
+SHARED_KEYS = "shared_keys"
 # The arguments read here. A stock model would hand those of `HINTS` on to its attention function.
-HINTS = ("padding_side",)
+HINTS = ("padding_side", SHARED_KEYS)
 READ = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", *HINTS)
 
 
@@ -51,7 +55,9 @@ def batch_layout(shape: BatchShape, arguments: Mapping[str, Any]) -> AttentionLa
     if positions.dim() != 2 or positions.shape[-1] != shape.tokens or positions.shape[0] not in (1, shape.rows):
         return Reason(f"positions of shape {list(positions.shape)}")
     if bounds is not None:
-        return _given(shape, bounds, arguments.get("max_length_q"))
+        found = _given(shape, bounds, arguments.get("max_length_q"))
+        shared = arguments.get(SHARED_KEYS)
+        return found if shared is None or isinstance(found, Reason) else _shared(shape, found, shared, arguments)
     return _packed(shape, positions)
 
 
@@ -74,6 +80,29 @@ def _given(shape: BatchShape, bounds: Tensor, longest: Any) -> AttentionLayout |
         return Reason("cu_seq_lens for more than one row")
     total = shape.rows * shape.tokens
     return AttentionLayout.packed(bounds.to(shape.device, torch.int32), int(longest or total), total)
+
+
+def _shared(
+    shape: BatchShape, packed: AttentionLayout, shared: Mapping[str, Tensor], arguments: Mapping[str, Any]
+) -> AttentionLayout:
+    assert packed.cu_seqlens is not None
+    ends = arguments["cu_seq_lens_k"].to(shape.device, torch.int32)
+    keys = SharedKeys(ends, **{name: shared[name].to(shape.device) for name in ("rows", "first", "again")})
+    longest = int(arguments.get("max_length_k") or len(keys.rows))
+    return AttentionLayout.shared_prompts(packed.cu_seqlens, keys, longest, packed.tokens)
+
+
+def refuse_shared_keys(arguments: Mapping[str, Any], reason: str) -> None:
+    """Stock attention would take such a batch for something else: never a wrong answer.
+
+    Raises:
+        ModelError: shared keys are given.
+    """
+    if arguments.get(SHARED_KEYS) is not None:
+        raise ModelError(
+            f"a batch whose prompts are computed once needs every layer on the fast path, but {reason}. Give each "
+            "answer its own prompt (share_prompts: false)."
+        )
 
 
 def _packed(shape: BatchShape, positions: Tensor) -> AttentionLayout:

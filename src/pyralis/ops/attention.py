@@ -24,10 +24,10 @@ from pyralis.ops.attention_backends import BACKENDS
 from pyralis.ops.attention_choice import Choice, Rejection, choose_backend
 from pyralis.ops.attention_parts import Saved
 from pyralis.ops.attention_reference import reference
-from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
+from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec, SharedKeys
 
 __all__ = [
-    "AttentionLayout", "AttentionSpec", "Choice", "Rejection", "Saved", "attention", "attention_backward",
+    "AttentionLayout", "AttentionSpec", "Choice", "Rejection", "Saved", "SharedKeys", "attention", "attention_backward",
     "attention_forward", "backend_for", "choose_backend", "reference",
 ]  # fmt: skip
 
@@ -62,7 +62,8 @@ def backend_for(spec: AttentionSpec, layout: AttentionLayout, dtype: torch.dtype
     spec = spec.within(layout.max_seqlen)
     deterministic = torch.are_deterministic_algorithms_enabled()
     off = tuple(name for name, enabled in SWITCHES.items() if not enabled())
-    key = (spec, layout.cu_seqlens is not None, layout.seq == 1, dtype, device, deterministic, off)
+    kind = (layout.cu_seqlens is not None, layout.shared is not None, layout.seq == 1)
+    key = (spec, *kind, dtype, device, deterministic, off)
     if (known := _choices.get(key)) is not None:
         return known
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -73,7 +74,7 @@ def backend_for(spec: AttentionSpec, layout: AttentionLayout, dtype: torch.dtype
         choice = choose_backend(spec, layout, dtype, capability, deterministic, missing)
         if device.type != "cuda" or choice.name == "math":
             break
-        failure = _try(choice.name, spec, layout.cu_seqlens is not None, dtype, device)
+        failure = _try(choice.name, spec, _trial(layout, device), dtype, device)
         if failure is None:
             break
         missing[choice.name] = failure
@@ -81,11 +82,29 @@ def backend_for(spec: AttentionSpec, layout: AttentionLayout, dtype: torch.dtype
     return choice
 
 
-def _try(name: str, spec: AttentionSpec, packed: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+def _trial(layout: AttentionLayout, device: torch.device) -> AttentionLayout:
+    """A small layout of the same kind."""
+    if layout.cu_seqlens is None:
+        return AttentionLayout.padded(2, 72)
+    bounds = torch.tensor([0, 41, 144], dtype=torch.int32, device=device)
+    if layout.shared is None:
+        return AttentionLayout.packed(bounds, 103, 144)
+    # a prompt of 30 tokens with answers of 11 and 103
+    tokens = torch.arange(144, device=device)
+    prompt = tokens[:30]
+    keys = SharedKeys(
+        torch.tensor([0, 41, 174], dtype=torch.int32, device=device),
+        torch.cat([tokens[:41], prompt, tokens[41:]]),
+        torch.where(tokens < 41, tokens, tokens + 30),
+        torch.stack([prompt, prompt + 41]),
+    )
+    return AttentionLayout.shared_prompts(bounds, keys, 133, 144)
+
+
+def _try(
+    name: str, spec: AttentionSpec, layout: AttentionLayout, dtype: torch.dtype, device: torch.device
+) -> str | None:
     """Why a backend cannot be used on a device: what it raised in a small call, or that its result is wrong."""
-    lengths = (41, 103)
-    bounds = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
-    layout = AttentionLayout.packed(bounds, max(lengths), sum(lengths)) if packed else AttentionLayout.padded(2, 72)
     spec = spec if spec.window is None else replace(spec, window=min(spec.window, 33))
     generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it is
     widths = [heads * spec.head_dim for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
@@ -127,7 +146,8 @@ def attention_forward(
         assert t.stride(1) == 1, f"{name}: the last dimension is not contiguous"
     spec = spec.within(layout.max_seqlen)
     name = backend_for(spec, layout, q.dtype, q.device).name if backend is None else backend
-    result, state = BACKENDS[name].forward(q, k, v, spec, layout)
+    keys, values = (k, v) if layout.shared is None else (layout.shared.spread(k), layout.shared.spread(v))
+    result, state = BACKENDS[name].forward(q, keys, values, spec, layout)
     if out is not None:
         result = out.copy_(result)
     return result, Saved(name, spec, layout, q, k, v, result, state)
@@ -141,8 +161,11 @@ def attention_backward(
 
     out: buffers of any row stride (columns of one fused gradient), which cost a copy each.
     """
-    dout = dout.to(saved.out.dtype)
-    grads = BACKENDS[saved.backend].backward(dout if dout.stride(1) == 1 else dout.contiguous(), saved)
+    dout, shared = dout.to(saved.out.dtype), saved.layout.shared
+    given = saved if shared is None else replace(saved, k=shared.spread(saved.k), v=shared.spread(saved.v))
+    grads = BACKENDS[saved.backend].backward(dout if dout.stride(1) == 1 else dout.contiguous(), given)
+    if shared is not None:
+        grads = (grads[0], shared.gathered(grads[1]), shared.gathered(grads[2]))
     if out is None:
         return grads
     for buffer, grad in zip(out, grads):

@@ -46,7 +46,7 @@ def _cudnn_backward(dout: Tensor, saved: Saved) -> Gradients:
 def _flash_arguments(spec: AttentionSpec, layout: AttentionLayout) -> dict[str, Any]:
     window = {} if spec.window is None else {"window_size_left": spec.window - 1, "window_size_right": 0}
     return {
-        "cum_seq_q": layout.cu_seqlens, "cum_seq_k": layout.cu_seqlens, "max_q": layout.max_seqlen,
+        "cum_seq_q": layout.cu_seqlens, "cum_seq_k": layout.key_cu_seqlens, "max_q": layout.max_seqlen,
         "max_k": layout.max_seqlen, "dropout_p": 0.0, "is_causal": spec.causal, "scale": spec.scale, **window,
     }  # fmt: skip
 
@@ -95,15 +95,16 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: At
     tensors = (_flash_heads(t, spec, layout) for t in (q, k, v))
     if layout.cu_seqlens is None:
         return rows(fixed(*tensors, **options))
-    bounds = (layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
+    bounds = (layout.cu_seqlens, layout.key_cu_seqlens, layout.max_seqlen, layout.max_seqlen)
     return rows(variable(*tensors, *bounds, **options))
 
 
 def _efficient_arguments(spec: AttentionSpec, layout: AttentionLayout) -> dict[str, Any]:
+    from_the_end = spec.causal and layout.shared is not None  # the kernel's other causal mask
     return {
-        "bias": None, "cu_seqlens_q": layout.cu_seqlens, "cu_seqlens_k": layout.cu_seqlens,
+        "bias": None, "cu_seqlens_q": layout.cu_seqlens, "cu_seqlens_k": layout.key_cu_seqlens,
         "max_seqlen_q": layout.max_seqlen, "max_seqlen_k": layout.max_seqlen, "dropout_p": 0.0,
-        "custom_mask_type": int(spec.causal), "scale": spec.scale,
+        "custom_mask_type": 2 if from_the_end else int(spec.causal), "scale": spec.scale,
         **({} if spec.window is None else {"window_size": spec.window}),
     }  # fmt: skip
 

@@ -47,6 +47,7 @@ class Case:
 
     spec: AttentionSpec
     packed: bool
+    shared: bool
     seq: int
     dtype: torch.dtype
     capability: Capability | None
@@ -109,12 +110,16 @@ def _efficient(case: Case) -> str | None:
         return "takes bfloat16 from compute capability 8.0 on"
     if case.dtype not in (*HALF, torch.float32):
         return f"takes float16, bfloat16 and float32, not {str(case.dtype).removeprefix('torch.')}"
+    if case.shared and case.spec.window is not None:
+        return "has no window over shared keys"
     return _head_dim(case, 4 if case.dtype == torch.float32 else 8, 65536)
 
 
 def _flex(case: Case) -> str | None:
     if (reason := _needs_gpu(case, (8, 0)) or _needs_half(case)) is not None:
         return reason
+    if case.shared:
+        return "is not called with shared keys"
     return None if case.spec.head_dim >= 16 else f"head dimension {case.spec.head_dim}: takes 16 or more"
 
 
@@ -147,8 +152,9 @@ def choose_backend(
     (`pyralis.ops.attention.backend_for` fills it in).
     """
     case = Case(
-        spec.within(layout.max_seqlen), layout.cu_seqlens is not None, layout.seq, dtype, capability, deterministic
-    )
+        spec.within(layout.max_seqlen), layout.cu_seqlens is not None, layout.shared is not None, layout.seq, dtype,
+        capability, deterministic,
+    )  # fmt: skip
     serving, rejected = [], []
     for name, rule in RULES.items():
         reason = rule(case) or (missing or {}).get(name)

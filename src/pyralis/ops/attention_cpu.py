@@ -14,19 +14,20 @@ from pyralis.ops.attention_reference import visible
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
 
 
-def _calls(layout: AttentionLayout) -> list[tuple[slice, AttentionLayout]]:
-    """Rows and layout of each call: all at once, or one call a sequence."""
-    if layout.cu_seqlens is None:
-        return [(slice(0, layout.tokens), layout)]
-    bounds = layout.cu_seqlens.tolist()
-    return [(slice(a, b), AttentionLayout.padded(1, b - a)) for a, b in pairwise(bounds) if a < b]
+def _calls(layout: AttentionLayout) -> list[tuple[slice, slice, AttentionLayout]]:
+    """Queries, keys and layout of each call: all at once, or one call a sequence."""
+    if layout.cu_seqlens is None or layout.key_cu_seqlens is None:
+        return [(slice(0, layout.tokens), slice(0, layout.tokens), layout)]
+    bounds = zip(pairwise(layout.cu_seqlens.tolist()), pairwise(layout.key_cu_seqlens.tolist()))
+    return [(slice(a, b), slice(c, d), AttentionLayout.padded(1, b - a)) for (a, b), (c, d) in bounds if a < b]
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: AttentionLayout) -> dict[str, Any]:
-    spec = spec.within(layout.seq)
+    keys, before = AttentionLayout.padded(layout.batch, len(k) // layout.batch), (len(k) - len(q)) // layout.batch
+    spec = spec.within(keys.seq)
     mask = None
-    if spec.window is not None:
-        hidden = ~visible(spec, layout, q.device)
+    if spec.window is not None or (before and spec.causal):
+        hidden = ~visible(spec, keys, q.device)[before:]
         mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
     tensors = (heads(q, spec, layout), repeated(k, spec, layout), repeated(v, spec, layout))
     return {
@@ -38,8 +39,8 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: Att
 def _forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: AttentionLayout) -> tuple[Tensor, State]:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     states = []
-    for part, call in _calls(layout):
-        given = _arguments(q[part], k[part], v[part], spec, call)
+    for part, keys, call in _calls(layout):
+        given = _arguments(q[part], k[keys], v[keys], spec, call)
         results = aten("_scaled_dot_product_flash_attention_for_cpu")(given)
         out[part] = rows(results.pop("output").transpose(1, 2))
         states.append(results)
@@ -49,12 +50,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: Atten
 def _backward(dout: Tensor, saved: Saved) -> Gradients:
     spec = saved.spec
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (saved.q, saved.k, saved.v))
-    for (part, call), state in zip(_calls(saved.layout), saved.state["calls"]):
-        given = _arguments(saved.q[part], saved.k[part], saved.v[part], spec, call)
+    for (part, keys, call), state in zip(_calls(saved.layout), saved.state["calls"]):
+        given = _arguments(saved.q[part], saved.k[keys], saved.v[keys], spec, call)
         given["grad_out"], given["out"] = (heads(t[part], spec, call).transpose(1, 2) for t in (dout, saved.out))
         grads = aten("_scaled_dot_product_flash_attention_for_cpu_backward")(given, state)
         query, key, value = (g.transpose(1, 2) for g in grads.values())
-        dq[part], dk[part], dv[part] = rows(query), summed(key, spec), summed(value, spec)
+        dq[part], dk[keys], dv[keys] = rows(query), summed(key, spec), summed(value, spec)
     return dq, dk, dv
 
 

@@ -23,7 +23,7 @@ class Saved:
     spec: AttentionSpec
     layout: AttentionLayout
     q: Tensor  # [T, H * D]
-    k: Tensor  # [T, G * D]
+    k: Tensor  # [T, G * D]; a backend gets [K, G * D] of shared keys
     v: Tensor
     out: Tensor  # [T, H * D]
     state: State
@@ -55,7 +55,7 @@ def by_autograd(function: Callable[[Tensor, Tensor, Tensor, AttentionSpec, Atten
 
 def heads(t: Tensor, spec: AttentionSpec, layout: AttentionLayout) -> Tensor:
     """[T, N * D] -> [B, S, N, D], a view."""
-    return t.view(layout.batch, layout.seq, -1, spec.head_dim)
+    return t.view(layout.batch, -1, t.shape[1] // spec.head_dim, spec.head_dim)
 
 
 def rows(t: Tensor) -> Tensor:

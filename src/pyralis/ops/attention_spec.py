@@ -50,6 +50,30 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SharedKeys:
+    """Keys and values of one token stand in two sequences: two answers to one prompt, which is computed once.
+
+    The queries of a sequence are its last tokens. So of prompt p with answers a and b, tokens p a b: the queries p a
+    see the keys p a, and the queries b see the keys p b. K key rows stand for T tokens.
+    """
+
+    cu_seqlens: Tensor  # [sequences + 1] int32: where each sequence's keys end
+    rows: Tensor  # [K] int64: the token of each key
+    first: Tensor  # [T] int64: the key that is a token's first
+    again: Tensor  # [2, E] int64: tokens that stand a second time, and their second keys
+
+    def spread(self, t: Tensor) -> Tensor:
+        """[K, ...] of [T, ...]"""
+        return t.index_select(0, self.rows)
+
+    def gathered(self, grad: Tensor) -> Tensor:
+        """[T, ...]: the gradient of `spread`. No atomics: a sum has two terms, in one order."""
+        total = grad.index_select(0, self.first)
+        tokens, keys = self.again.unbind()
+        return total.index_copy_(0, tokens, total.index_select(0, tokens) + grad.index_select(0, keys))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AttentionLayout:
     """How the T = batch * seq rows of q, k and v form sequences. Make one with the methods below."""
 
@@ -57,6 +81,7 @@ class AttentionLayout:
     seq: int
     max_seqlen: int
     cu_seqlens: Tensor | None = None  # [sequences + 1] int32 on the device of q; sequences may be empty
+    shared: SharedKeys | None = None
 
     @classmethod
     def padded(cls, batch: int, seq: int) -> AttentionLayout:
@@ -72,6 +97,11 @@ class AttentionLayout:
         """
         assert (cu_seqlens.dtype, cu_seqlens.dim()) == (torch.int32, 1), "cu_seqlens: [sequences + 1] int32"
         return cls(1, tokens, min(max_seqlen, tokens), cu_seqlens)
+
+    @classmethod
+    def shared_prompts(cls, cu_seqlens: Tensor, keys: SharedKeys, max_seqlen: int, tokens: int) -> AttentionLayout:
+        """As `packed`, with keys of their own; max_seqlen bounds the keys of a sequence."""
+        return replace(cls.packed(cu_seqlens, max_seqlen, tokens), max_seqlen=max_seqlen, shared=keys)
 
     @classmethod
     def left_padded(cls, starts: Tensor, seq: int) -> AttentionLayout:
@@ -91,8 +121,20 @@ class AttentionLayout:
     def tokens(self) -> int:
         return self.batch * self.seq
 
+    @property
+    def key_cu_seqlens(self) -> Tensor | None:
+        return self.cu_seqlens if self.shared is None else self.shared.cu_seqlens
+
     def documents(self) -> Tensor:
         """[T] number of the sequence that each token of a packed layout is in."""
         assert self.cu_seqlens is not None
-        position = torch.arange(self.tokens, dtype=torch.int32, device=self.cu_seqlens.device)
-        return torch.searchsorted(self.cu_seqlens[1:], position, right=True)
+        return _sequence_of(self.cu_seqlens, self.tokens)
+
+    def key_documents(self) -> Tensor:
+        """[T], or [K] of shared keys: the number of the sequence that each key is in."""
+        return self.documents() if self.shared is None else _sequence_of(self.shared.cu_seqlens, len(self.shared.rows))
+
+
+def _sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    position = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], position, right=True)
