@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyralis.lora.record import TrainingRecord, read_record
+from pyralis.lora.record import TrainingRecord, read_record, write_record
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,25 @@ from pyralis.lora.record import TrainingRecord, read_record
             },
             TrainingRecord(True),
         ),
+        (
+            {"pyralis_run.json": {"rope_scaled_to": 4096}, "pyralis_config.json": {"max_seq_length": 4096}},
+            TrainingRecord(rope_scaled_to=4096),
+        ),
     ],
 )
 def test_record(tmp_path: Path, files: dict[str, dict[str, Any]], expected: TrainingRecord) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     assert read_record(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        TrainingRecord(),
+        TrainingRecord(True, "fp4", False, torch.bfloat16, 4096, {"rope_type": "linear", "factor": 2.0}),
+    ],
+)
+def test_a_record_is_read_as_it_was_written(tmp_path: Path, record: TrainingRecord) -> None:
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record

@@ -1,31 +1,30 @@
 """Merge an adapter into its base model: a standard folder that stock transformers loads.
 
-The sum W + scale * B A is taken in float32, a layer at a time, and rounded once. An adapter trained on a 4-bit base is
-merged onto the dequantised 4-bit weights: it has learnt to correct their errors, which the original weights lack.
+The weights are merged and written a layer at a time (`merged_weights.py`, `write_model.py`). An adapter trained on a
+4-bit base is merged onto the dequantised 4-bit weights: it has learnt to correct their errors, which the original
+weights lack.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyralis.data.template import TEMPLATE_FILE, load_template, save_template, stop_token_ids
 from pyralis.errors import ModelError
+from pyralis.export.write_model import write_model
 from pyralis.lora.adapter import load_adapter
+from pyralis.lora.attach import count_parameters
 from pyralis.lora.record import TrainingRecord, read_record
 from pyralis.models.dtype import DtypeName, choose_device
 from pyralis.models.files import read_json
 from pyralis.models.generation import settle_generation
 from pyralis.models.load import ModelSettings, load_model, load_tokenizer
-from pyralis.models.nf4 import dequantize_model, dequantize_weight, is_four_bit, plain_layer
+from pyralis.models.nf4 import is_four_bit
 from pyralis.models.source import ModelSource, locate_model
 from pyralis.models.staging import check_disk_space, check_target, staged_folder
 
@@ -74,13 +73,12 @@ def merge_adapter(
     model = _load_base(source, record, quantized, stored, base_precision, trust_remote_code)
     tuned = load_adapter(model, adapter_dir)
     report(f"merging into {str(out_dtype).removeprefix('torch.')}")
-    merged = _merge(tuned, out_dtype)
 
-    check_disk_space(out.parent, int(1.02 * sum(p.numel() * p.element_size() for p in merged.parameters())))
+    check_disk_space(out.parent, int(1.02 * count_parameters(model).total * out_dtype.itemsize))
     tokenizer = load_tokenizer(str(adapter_dir), trust_remote_code=trust_remote_code, base=base)
     with staged_folder(out, overwrite=overwrite) as staging:
-        _set_generation(merged, adapter_dir, tokenizer, staging)
-        merged.save_pretrained(staging, max_shard_size=max_shard_size)
+        _set_generation(model, adapter_dir, tokenizer, staging)
+        write_model(tuned, staging, out_dtype, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(staging)
     report(f"wrote {out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e9:.2f} GB")
     return out
@@ -118,6 +116,8 @@ def _load_base(
         quant_type=record.quant_type,
         double_quant=record.double_quant,
         trust_remote_code=trust_remote_code,
+        max_seq_length=record.rope_scaled_to,
+        rope_scaling=record.rope_scaling,
     )
     # What was quantised are the weights in the dtype of that run.
     dtype = record.dtype if quantized and stored == torch.float32 and record.dtype else stored
@@ -130,64 +130,6 @@ def _load_base(
     if loaded.quantized and base_precision == "original":
         raise ModelError(f"{source.path} holds 4-bit weights only: give the original model with --base.")
     return loaded.model
-
-
-@torch.no_grad()
-def _merge(tuned: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model with the adapter in its weights, every weight in `dtype` and on the CPU."""
-    for layer in [module for module in tuned.modules() if isinstance(module, BaseTunerLayer)]:
-        try:
-            _merge_layer(layer, dtype)
-        except ValueError as error:  # PEFT's check for NaN and infinity
-            raise ModelError(f"The adapter's weights are not all finite: {error}") from error
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(?:already|Already|no longer tied|tie_word_embeddings).*")
-        merged = tuned.merge_and_unload()  # unwraps the layers, and puts modules_to_save in their places
-    model: PreTrainedModel = merged  # type: ignore[assignment]
-    dequantize_model(model, dtype)  # what 4-bit layers the adapter was not on
-    model.cpu()
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    _untie_what_differs(model)
-    return model
-
-
-def _merge_layer(layer: Any, dtype: torch.dtype) -> None:
-    """Merge one layer in float32 and round its weights to `dtype`, once."""
-    base = layer.get_base_layer()
-    if type(base).__name__ == "Linear4bit":
-        weight = dequantize_weight(base)
-        layer.cpu()
-        for name in layer.active_adapters:
-            if name in layer.lora_variant:  # DoRA
-                weight = layer.lora_variant[name].merge_safe(layer, name, weight)
-            else:
-                weight += layer.get_delta_weight(name).float()
-            layer.merged_adapters.append(name)
-        if not weight.isfinite().all():
-            raise ValueError("in a 4-bit layer")
-        layer.base_layer = plain_layer(base, weight.to(dtype))
-        return
-    for name, parameter in list(base.named_parameters(recurse=False)):
-        # a new Parameter: the head of a tied model must not change with the embedding
-        setattr(base, name, nn.Parameter(parameter.detach().to(torch.float32, copy=True), requires_grad=False))
-    layer.merge(safe_merge=True)
-    for parameter in base.parameters(recurse=False):
-        parameter.data = parameter.data.to(dtype)
-
-
-def _untie_what_differs(model: PreTrainedModel) -> None:
-    """Say in the config that embedding and head are two weights, where training made them so."""
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    if head is None or not getattr(model.config, "tie_word_embeddings", False):
-        return
-    if torch.equal(embedding.weight, head.weight):
-        model.tie_weights()
-    else:
-        model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
 
 
 def _set_generation(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:

@@ -1,7 +1,8 @@
-"""How an adapter was trained, read from what its run left beside it: which precision its base model had."""
+"""How an adapter was trained, kept beside it: the precision and the RoPE scaling that its base model had."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +11,46 @@ from typing import Any, Literal
 import torch
 
 from pyralis.models.files import read_json
+from pyralis.models.rope_scaling import RopeScaling
+from pyralis.models.staging import write_text
 
-# What a run writes into its output folder: first what it resolved, then what its config said.
-RECORDS = ("pyralis_run.json", "pyralis_config.json")
+# What is written beside an adapter alone (`write_record`).
+ADAPTER_RECORD = "pyralis_adapter.json"
+# And what a run writes into its output folder: first what it resolved, then what its config said.
+RECORDS = (ADAPTER_RECORD, "pyralis_run.json", "pyralis_config.json")
 _CHECKPOINT = re.compile(r"checkpoint-\d+$")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecord:
-    """The base model's precision while the adapter was trained.
+    """What the base model was like while the adapter was trained.
 
     Attributes:
         quantized: its linear layers were in 4 bits (`train_mode: qlora`), of `quant_type` and `double_quant`.
         dtype: the half-precision dtype that its weights were cast to, if one is recorded; else None.
+        rope_scaled_to: the sequence length that RoPE was scaled for, if it was.
+        rope_scaling: the scaling, where it was given and not chosen.
     """
 
     quantized: bool = False
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
     dtype: torch.dtype | None = None
+    rope_scaled_to: int | None = None
+    rope_scaling: RopeScaling | None = None
+
+
+def write_record(adapter: Path, record: TrainingRecord) -> None:
+    """Write the record of an adapter that no run of ours has made into its folder."""
+    content = {
+        "train_mode": "qlora" if record.quantized else "lora",
+        "quant_type": record.quant_type,
+        "double_quant": record.double_quant,
+        "compute_dtype": None if record.dtype is None else str(record.dtype).removeprefix("torch."),
+        "rope_scaled_to": record.rope_scaled_to,
+        "rope_scaling": record.rope_scaling,
+    }
+    write_text(adapter / ADAPTER_RECORD, json.dumps(content, indent=2) + "\n")
 
 
 def read_record(adapter: Path) -> TrainingRecord:
@@ -49,4 +71,6 @@ def read_record(adapter: Path) -> TrainingRecord:
         quant_type="fp4" if values.get("quant_type") == "fp4" else "nf4",
         double_quant=bool(values.get("double_quant", True)),
         dtype=half.get(str(dtype).removeprefix("torch.")),
+        rope_scaled_to=values.get("rope_scaled_to"),
+        rope_scaling=values.get("rope_scaling"),
     )

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit layers: settled after loading, and turned back into ordinary layers."""
+"""bitsandbytes' layers: settled after loading, turned back into ordinary ones, and packed again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from pyralis.models.dtype import choose_device
 
 
 def is_four_bit(model: nn.Module) -> bool:
@@ -48,8 +50,32 @@ def dequantize_weight(layer: Any) -> torch.Tensor:
         state.dtype = kept
 
 
+@torch.no_grad()
+def dequantize_8bit(layer: Any) -> torch.Tensor:
+    """The weight [out, in] that bitsandbytes' 8-bit layer stands for, float32 on the CPU: code * row maximum / 127."""
+    weight, state = layer.weight, layer.state
+    codes = weight.data if weight.CB is None else weight.CB
+    maxima = state.SCB if weight.SCB is None else weight.SCB
+    return codes.cpu().float() * (maxima.cpu().float()[:, None] / 127)
+
+
+@torch.no_grad()
+def pack_weight(weight_OI: torch.Tensor, config: BitsAndBytesConfig) -> dict[str, torch.Tensor]:
+    """A weight in 4 bits as a checkpoint holds it: by what is put behind its name, all on the CPU."""
+    from bitsandbytes.functional import quantize_4bit
+
+    device = choose_device()
+    packed, state = quantize_4bit(
+        weight_OI.to(device),
+        blocksize=64,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+    )
+    return {"": packed.cpu(), **{f".{name}": part.cpu() for name, part in state.as_dict(packed=True).items()}}
+
+
 def plain_layer(layer: Any, weight_OI: torch.Tensor) -> nn.Module:
-    """The `nn.Linear` (GPT-2: `Conv1D`) in place of a 4-bit layer, with this weight and the layer's bias."""
+    """The `nn.Linear` (GPT-2: `Conv1D`) in place of a quantised layer, with this weight and the layer's bias."""
     out_features, in_features = weight_OI.shape
     with torch.device("meta"):
         if getattr(layer, "source_cls", None) is Conv1D:

@@ -67,6 +67,8 @@ def load_chat(settings: ChatModelSettings, *, notice: Callable[[str], None] = la
             double_quant=record.double_quant,
             trust_remote_code=settings.trust_remote_code,
             base=settings.base,
+            max_seq_length=record.rope_scaled_to,
+            rope_scaling=record.rope_scaling,
         )
     )
     model: Any = loaded.model
