@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyralis.engine.buckets import Bucketed
 from pyralis.models.gradients import FlatGradients
+from pyralis.models.model_weights import ModelWeights
 from pyralis.ops.attention_spec import AttentionLayout
 
 Work = Callable[[], None]
@@ -26,12 +27,18 @@ class Recorder(Protocol):
 
     def record(self, work: Work) -> Work: ...
 
+    def renew(self) -> None:
+        """All that was recorded is gone."""
+
 
 class Rerun:
     """Where nothing can be captured (a CPU): the work itself. For tests of everything around the capture."""
 
     def record(self, work: Work) -> Work:
         return work
+
+    def renew(self) -> None:
+        pass
 
 
 class CudaGraphs:
@@ -47,6 +54,10 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+    def renew(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()  # a pool dies with its last graph
+        torch.cuda.empty_cache()
 
 
 class StepGradients:
@@ -135,13 +146,10 @@ class CapturedStep:
     """`compute` reads the batch in `static` and returns the loss; recorded here, with its backward."""
 
     def __init__(
-        self,
-        recorder: Recorder,
-        static: StaticBatch,
-        gradients: StepGradients,
+        self, recorder: Recorder, static: StaticBatch, gradients: StepGradients, weights: ModelWeights,
         compute: Callable[[StaticBatch], Tensor],
-    ) -> None:
-        self.static, self.gradients = static, gradients
+    ) -> None:  # fmt: skip
+        self.static, self.gradients, self.weights = static, gradients, weights
         self._grad = torch.ones((), dtype=torch.float32, device=static.input_ids.device)
         self._loss: Tensor | None = None
 
@@ -162,6 +170,7 @@ class CapturedStep:
         self.static.fill(batch, num_items)
         with torch.enable_grad():
             self._forward()
+        self.weights.after_replay()
         assert self._loss is not None
         return self._loss.detach().clone()
 
@@ -169,4 +178,5 @@ class CapturedStep:
         self._grad.copy_(grad)
         apart = self.gradients.prepare()
         self._backward()
+        self.weights.after_replay()
         self.gradients.settle(apart)

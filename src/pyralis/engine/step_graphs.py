@@ -89,8 +89,7 @@ class StepGraphs:
     def drop(self) -> None:
         """Forget all recorded steps and give their memory back."""
         self._steps.clear()
-        if isinstance(self._recorder, CudaGraphs):
-            torch.cuda.empty_cache()
+        self._recorder.renew()
 
     def __call__(self, causal: Any, head: Head, arguments: Mapping[str, Any], request: LossRequest) -> Tensor:
         step = self._find(causal, head, arguments, request)
@@ -100,6 +99,7 @@ class StepGraphs:
             return loss
         captured, batch = step
         self.reason, self.replays = None, self.replays + 1
+        captured.weights.before_replay()
         ticket = _Ticket()
         self._pending = weakref.ref(ticket)
         inputs = captured.gradients.parameters if _distributed() else (self._anchor_on(batch.input_ids.device),)
@@ -120,7 +120,7 @@ class StepGraphs:
         if isinstance(state, Reason):
             return state
         if not _same(state, self._model_state):
-            self._steps.clear()
+            self.drop()
             self._seen.clear()
             self._refused.clear()
             self._model_state = state
@@ -166,11 +166,13 @@ class StepGraphs:
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # what is cast while recording lives in the pool
         try:
-            return CapturedStep(self._recorder, static, gradients, compute)
+            return CapturedStep(self._recorder, static, gradients, prepared, compute)
         except torch.OutOfMemoryError:
+            prepared.after_replay(failed=True)
             self.drop()
             return Reason("not enough memory to record a step of this shape")
         except RuntimeError as error:
+            prepared.after_replay(failed=True)
             self.drop()
             _mend_generator()
             return Reason(f"it cannot be recorded: {str(error).splitlines()[0]}")

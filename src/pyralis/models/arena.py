@@ -31,6 +31,12 @@ class Base(Protocol):
 
     def adapters_changed(self) -> None: ...
 
+    def kept(self, groups: Sequence[GroupState], plan: Any) -> bool:
+        """Whether what `matrices` makes once for many uses is there."""
+
+    def forget(self, *, resident: bool) -> None:
+        """What lies in shared memory (resident: in any) is not what was made last: a graph was recorded or replayed."""
+
 
 @dataclass(slots=True, eq=False)
 class StackedWeight:
@@ -73,6 +79,14 @@ class DenseBase:
     def adapters_changed(self) -> None:
         for stack in self._stacks.values():
             stack.stale = True
+
+    def kept(self, groups: Sequence[GroupState], plan: tuple[StackedWeight, ...]) -> bool:
+        return all(stack.owner is state for state, stack in zip(groups, plan) if state.wide)
+
+    def forget(self, *, resident: bool) -> None:
+        if resident:
+            for stack in self._stacks.values():
+                stack.owner = None
 
 
 def _holds(buffer: Tensor, weights: Sequence[nn.Parameter], columns: int) -> bool:

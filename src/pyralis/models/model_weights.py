@@ -60,6 +60,16 @@ class ModelWeights:
         """Write into another's flat buffer from now on, such as a flat optimizer's."""
         self._gradients, self._given = gradients, True
 
+    def before_replay(self) -> None:
+        """What a recorded step takes as given has to be there."""
+        for layer in self.layers:
+            layer.keep_matrices(layer.state)
+
+    def after_replay(self, *, failed: bool = False) -> None:
+        """A recorded step has written to the workspace; failed: a recording that did not come about has not."""
+        for layer in self.layers:
+            layer.forget_matrices(resident=failed)
+
     def release(self) -> None:
         """Leave the modules as they would be without Pyralis: see `LayerWeights.release`."""
         for layer in self.layers:
@@ -74,14 +84,14 @@ class ModelWeights:
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         reasons: list[str | None] = []
-        for layer in self.layers:
-            try:
-                layer.collect(targets, sources, autocast)
-            except ModelError as error:
-                reasons.append(str(error))
-            else:
-                reasons.append(None)
         with torch.no_grad():
+            for layer in self.layers:
+                try:
+                    layer.collect(targets, sources, autocast)
+                except ModelError as error:
+                    reasons.append(str(error))
+                else:
+                    reasons.append(None)
             if targets:
                 torch._foreach_copy_(targets, sources)
             self._draw()

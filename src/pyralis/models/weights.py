@@ -114,6 +114,15 @@ class LayerWeights:
         """Four matrices [N, K + P or K], valid until another layer asks for its own."""
         return state.base.matrices(state.groups, state.plan)
 
+    def keep_matrices(self, state: LayerState) -> None:
+        """Make what serves many uses, for a recorded step that does not make it itself."""
+        if not state.base.kept(state.groups, state.plan):
+            self.matrices(state)
+
+    def forget_matrices(self, *, resident: bool) -> None:
+        for base in self._bases.values():
+            base.forget(resident=resident)
+
     @torch.no_grad()
     def release(self) -> None:
         """Give plain weights contiguous memory of their own again, and drop all buffers; `refresh` lays out anew."""
@@ -133,14 +142,13 @@ class LayerWeights:
         """
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        self.collect(targets, sources, autocast)
-        if targets:
-            with torch.no_grad():
+        with torch.no_grad():
+            self.collect(targets, sources, autocast)
+            if targets:
                 torch._foreach_copy_(targets, sources)
 
-    @torch.no_grad()
     def collect(self, targets: list[Tensor], sources: list[Tensor], autocast: torch.dtype | None = None) -> None:
-        """`refresh`, but what is left to copy is appended to the lists: one launch serves the layers of a model."""
+        """`refresh` without gradients, but what is left to copy is appended to the lists: one launch serves a model."""
         self._state = None
         seen = self._glance(autocast)
         if self._seen is not None and self._seen[0] == seen:

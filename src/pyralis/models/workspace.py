@@ -77,6 +77,13 @@ class WorkspaceBase:
         owners[address], self._stale = plan, False
         return plan.matrices
 
+    def kept(self, groups: Sequence[GroupState], plan: WorkspacePlan) -> bool:
+        return not self._resident or self._workspace.owners.get(plan.arena.data_ptr()) is plan
+
+    def forget(self, *, resident: bool) -> None:
+        if resident or not self._resident:
+            self._workspace.owners.clear()
+
     def adapters_changed(self) -> None:
         self._stale = True
 
