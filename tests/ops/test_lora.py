@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from pyralis.ops import lora
 from pyralis.ops._triton import Gpu, kernels_on_cpu
 from pyralis.ops.dora import weight_norm
 from pyralis.ops.dropout_mask import new_rng
@@ -24,7 +25,7 @@ from pyralis.ops.lora_group import (
     stack_B,
 )
 from pyralis.ops.lora_linear import keep_masks, lora_linear, reference
-from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
+from tests.ops.harness import Accuracy, Guarded, assert_deterministic, guarded, interpreted, oracle_gradients, random
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STREAM = 5
@@ -87,16 +88,23 @@ def options(group: LoraGroup, parameters: Parameters) -> dict[str, list[Tensor |
     }
 
 
-def wide(group: LoraGroup, weight: Tensor) -> Tensor:
-    """Room for the B_j beside W, poisoned."""
-    room = weight.new_full((group.out_features, group.pad), float("nan"))
-    return torch.cat([weight, room], 1)
+Layout = tuple[bool, bool]  # room for the B_j beside W, for the A_j below it
+LAYOUTS: list[Layout] = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def placed(group: LoraGroup, weight: Tensor, layout: Layout = (True, True)) -> Tensor:
+    """W with room for an adapter, poisoned."""
+    beside, below = layout
+    height, width = (group.height if below else len(weight)), (group.width if beside else weight.shape[1])
+    matrix = weight.new_full((height, width), float("nan"))
+    matrix[: len(weight), : weight.shape[1]] = weight
+    return matrix
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("concatenated", [True, False])
+@pytest.mark.parametrize("layout", [(False, False), (True, True)])
 @pytest.mark.parametrize("name", GROUPS)
-def test_every_gradient(device: torch.device, name: str, concatenated: bool, dtype: torch.dtype) -> None:
+def test_every_gradient(device: torch.device, name: str, layout: Layout, dtype: torch.dtype) -> None:
     """y and the gradients of x and every parameter against float64, beside PEFT's arithmetic in the same dtype."""
     group, T, accuracy = GROUPS[name], 37, Accuracy()
     for seed in (0, 100, 200):
@@ -111,7 +119,7 @@ def test_every_gradient(device: torch.device, name: str, concatenated: bool, dty
 
         def by_us(x: Tensor, *values: Tensor, p: Parameters = parameters, weight=weight, rng=rng) -> Tensor:
             p = unflat(p, list(values))
-            w = wide(group, weight) if concatenated else weight
+            w = placed(group, weight, layout)
             return lora_linear(x, w, group, p[0], p[1], **options(group, p), rng=rng, stream=STREAM)
 
         values = [x, *flat(parameters)]
@@ -131,10 +139,12 @@ def test_every_gradient(device: torch.device, name: str, concatenated: bool, dty
         accuracy.check()
 
 
-@pytest.mark.parametrize("concatenated", [True, False])
+@pytest.mark.parametrize("adds_in_gemm", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", GROUPS)
-def test_exact_in_float64(name: str, concatenated: bool) -> None:
+def test_exact_in_float64(name: str, layout: Layout, adds_in_gemm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch path in float64 is the reference's derivative to the last digits."""
+    monkeypatch.setattr(lora, "ADDS_IN_GEMM", adds_in_gemm)
     group, T, device = GROUPS[name], 9, torch.device("cpu")
     x, weight, dy = make(group, T, torch.float64, device, 0)
     parameters = make_parameters(group, torch.float64, device, 0)
@@ -146,7 +156,7 @@ def test_exact_in_float64(name: str, concatenated: bool) -> None:
         p = unflat(parameters, list(values))
         if not ours:
             return reference(x, weight, group, p[0], p[1], **options(group, p), masks=masks)
-        w = wide(group, weight) if concatenated else weight
+        w = placed(group, weight, layout)
         return lora_linear(x, w, group, p[0], p[1], **options(group, p), rng=rng, stream=STREAM)
 
     values, grads = (x.view(shape), *flat(parameters)), (dy.view(*shape[:2], -1),)
@@ -194,36 +204,43 @@ def test_reference_is_peft(dora: bool, lora_bias: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("concatenated", [True, False])
-def test_primitives_write_into_buffers(device: torch.device, concatenated: bool) -> None:
+@pytest.mark.parametrize("name", ["dropout", "q k v", "one"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_primitives_write_into_buffers(device: torch.device, layout: Layout, name: str) -> None:
     """What a layer does: guarded, poisoned buffers, a residual, the bias of both kinds, accumulated gradients."""
-    group, T, dtype = GROUPS["dropout"], 11, torch.bfloat16
+    group, T, dtype = GROUPS[name], 11, torch.bfloat16
     K, N, P = group.in_features, group.out_features, group.pad
+    beside, below = layout
     x, weight, dy = make(group, T, dtype, device, 0)
     A, B, bias, lora_bias, _ = make_parameters(group, torch.float32, device, 0)
     residual = random(T, N, dtype=dtype, device=device, seed=9)
-    rng = new_rng(0, device)
+    rng = new_rng(0, device) if group.has_dropout else None
 
-    stacked = guarded(P, K, dtype=dtype, device=device)
+    def buffer(rows: int, columns: int, gap: int = 8) -> Guarded:
+        return guarded(rows, columns, dtype=dtype, device=device, stride=columns + gap)
+
+    stacked = buffer(P, K, 0)
     stack_A(group, A, stacked.view)
     stacked.check()
-    matrix = guarded(N, K + P, dtype=dtype, device=device, stride=K + P + 8)
-    matrix.view[:, :K] = weight
-    stack_B(group, B, matrix.view[:, K:])
-    matrix.check()
-    cast = [None if b is None else b.to(dtype) for b in B]
-    x_wide = guarded(T, K + P, dtype=dtype, device=device, stride=K + P + 8)
+    matrix = buffer(N + P if below else N, K + P if beside else K)
+    w = matrix.view
+    w[:N, :K] = weight
+    if beside:
+        stack_B(group, B, w[:N, K:])
+    if below:
+        w[N:, :K] = stacked.view
+    cast = None if beside else [None if b is None else b.to(dtype) for b in B]
+    x_wide = buffer(T, K + P)
     x_wide.view[:, :K] = x
     xa = lora_project(group, x_wide.view, stacked.view, rng=rng, stream=STREAM)
     x_wide.check()
     assert not xa[:, group.rank :].any()
 
-    w = matrix.view if concatenated else weight
     total = combine_bias(group, bias, lora_bias, dtype)
-    out = guarded(T, N, dtype=dtype, device=device, stride=N + 3)
+    out = buffer(T, N, 3)
     lora_forward(group, x_wide.view, w, B=cast, bias=total, residual=residual, out=out.view)
     out.check()
-    masks = keep_masks(group, rng, STREAM, T)
+    masks = None if rng is None else keep_masks(group, rng, STREAM, T)
     double = [[None if p is None else p.double() for p in kind] for kind in (A, B, bias, lora_bias)]
     exact = reference(
         x.double(), weight.double(), group, double[0], double[1], bias=double[2], lora_bias=double[3], masks=masks
@@ -237,18 +254,30 @@ def test_primitives_write_into_buffers(device: torch.device, concatenated: bool)
     buffers += [guarded(p.out_features, p.rank, dtype=torch.float32, device=device) for p in group.projections]
     buffers += [guarded(N, dtype=torch.float32, device=device)]
     gradients = LoraGradients(buffers[0].view, [b.view for b in buffers[1:-1]], buffers[-1].view)
-    dx_wide = guarded(T, K + P, dtype=dtype, device=device, stride=K + P + 8)
-    arguments = {"B": cast, "rng": rng, "stream": STREAM, "dx_wide": dx_wide.view}
-    dx = lora_backward(group, dy, w, x, xa, stacked.view, gradients, **arguments)
-    for buffer in buffers:
-        buffer.check()
-    assert not dx.isnan().any()
-    once, kept = [b.view.clone() for b in buffers], dx.clone()
-    lora_backward(group, dy, w, x, xa, stacked.view, replace(gradients, accumulate=True), **arguments)
+    dx, dy_wide = buffer(T, K), buffer(T, N + P)
+    room = dy_wide.view[:, N:] if below and rng is None else buffer(T, P).view
+    arguments = {"B": cast, "rng": rng, "stream": STREAM, "t": room}
+    if below and rng is None:
+        arguments["dy_wide"] = dy_wide.view
+    lora_backward(group, dy, w, x, xa, stacked.view, gradients, dx=dx.view, **arguments)
+    for written in (*buffers, dx):
+        written.check()
+    assert not room[:, group.rank :].any()
+    assert not room[:, : group.rank].isnan().any()
+    if below and rng is None:
+        dy_wide.check()
+        assert torch.equal(dy_wide.view[:, :N], dy)
+    once, kept = [b.view.clone() for b in buffers], dx.view.clone()
+    again = {**arguments, "dy_wide": dy_wide.view} if below else arguments
+    dy_given = dy_wide.view[:, :N] if below and rng is None else dy  # where it lies already, it is not copied
+    lora_backward(
+        group, dy_given, w, x, xa, stacked.view, replace(gradients, accumulate=True), dx=dx.view, **again
+    )  # fmt: skip
+    assert torch.equal(dx.view, kept)
     for a, b in zip(once, buffers):
         torch.testing.assert_close(b.view, 2 * a, rtol=1e-4, atol=1e-4)
-    dx_alone = lora_backward(group, dy, w, x, xa, stacked.view, LoraGradients(), B=cast, rng=rng, stream=STREAM)
-    assert torch.equal(dx_alone, kept)
+    alone = lora_backward(group, dy, w, x, xa, stacked.view, LoraGradients(), B=cast, rng=rng, stream=STREAM)
+    torch.testing.assert_close(alone, kept, rtol=2e-2, atol=2e-2)  # without dB, dy B is another product's
 
 
 def test_a_frozen_projection_gets_no_gradient(device: torch.device) -> None:
@@ -266,10 +295,10 @@ def test_a_frozen_projection_gets_no_gradient(device: torch.device) -> None:
 
 
 def test_two_calls_with_one_wide_weight(device: torch.device) -> None:
-    """Another adapter's B in the shared LoRA columns does not reach the first call's backward."""
+    """Another adapter in the shared rows and columns does not reach the first call's backward."""
     group = GROUPS["one"]
     x, weight, dy = make(group, 6, torch.float32, device, 0)
-    shared, sets = wide(group, weight), [make_parameters(group, torch.float32, device, seed) for seed in (0, 1)]
+    shared, sets = placed(group, weight), [make_parameters(group, torch.float32, device, seed) for seed in (0, 1)]
     xs = [x.clone().requires_grad_() for _ in sets]
     ys = [lora_linear(v, shared, group, p[0], p[1]) for v, p in zip(xs, sets)]
     for v, y, p in zip(xs, ys, sets):
@@ -298,7 +327,7 @@ def test_deterministic(device: torch.device) -> None:
     def run() -> tuple[Tensor, ...]:
         def call(x: Tensor, *values: Tensor) -> Tensor:
             A, B = unflat(parameters, list(values))
-            return lora_linear(x, wide(group, weight), group, A, B, rng=new_rng(4, device))
+            return lora_linear(x, placed(group, weight), group, A, B, rng=new_rng(4, device))
 
         outputs, gradients = oracle_gradients(call, (x, *flat(parameters)), (dy,))
         return outputs + gradients
@@ -324,7 +353,7 @@ def test_any_group(data: st.DataObject) -> None:
 
             def call(x: Tensor, *values: Tensor) -> Tensor:
                 p = unflat(parameters, list(values))
-                w = wide(group, weight)
+                w = placed(group, weight)
                 return lora_linear(x, w, group, p[0], p[1], **options(group, p), rng=new_rng(2, device))
 
             outputs, gradients = oracle_gradients(call, (x, *flat(parameters)), (dy,))
@@ -367,11 +396,11 @@ def test_concatenation_is_chosen_by_rank_and_gpu() -> None:
     def qkv(rank: int) -> LoraGroup:
         return LoraGroup(4096, tuple(LoraProjection(n, rank) for n in (4096, 1024, 1024)))
 
-    h100, pascal = Gpu((9, 0), 132), Gpu((6, 1), 28)
+    h100, a100, pascal = Gpu((9, 0), 132), Gpu((8, 0), 108), Gpu((6, 1), 28)
     assert concatenates(qkv(16), 4096, h100)
     assert concatenates(qkv(64), 4096, h100)
-    assert not concatenates(qkv(256), 16384, h100)
-    assert not concatenates(qkv(16), 16384, pascal)
+    assert not concatenates(qkv(256), 16384, a100)
+    assert not concatenates(qkv(64), 16384, pascal)
     assert not concatenates(GROUPS["none"], 4096, h100)
 
 
@@ -404,7 +433,7 @@ def test_in_a_cuda_graph() -> None:
     device, group = torch.device("cuda"), GROUPS["dropout"]
     x, weight, dy = make(group, 64, torch.bfloat16, device, 0)
     A, B, *_ = make_parameters(group, torch.float32, device, 0)
-    leaf, rng, w = x.clone().requires_grad_(), new_rng(1, device), wide(group, weight)
+    leaf, rng, w = x.clone().requires_grad_(), new_rng(1, device), placed(group, weight)
 
     def step() -> tuple[Tensor, Tensor]:
         y = lora_linear(leaf, w, group, A, B, rng=rng, stream=STREAM)

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyralis.ops import lora_dropout
+from pyralis.ops import lora_dropout, lora_tiles
 from pyralis.ops._triton import Gpu, kernels_on_cpu
 from pyralis.ops.dropout_mask import advance, masked, new_rng, reference
-from pyralis.ops.lora_dropout import DotLaunch, Tile, project, project_backward, supported
+from pyralis.ops.lora_dropout import grad_splits, project, project_backward, project_splits
 from pyralis.ops.lora_group import LoraGroup, LoraProjection, Run
+from pyralis.ops.lora_tiles import DotLaunch, Tile, supported
 from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, random
 
 CPU = torch.device("cpu")
@@ -25,26 +26,24 @@ def make_run(features: int, rank: int, count: int, dropout: float = 0.2, scale: 
 
 
 def inputs(run: Run, T: int, K: int, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-    """(x, A, g, dx so far), x and dx in wide rows"""
+    """(x, A, t, dx so far), x and t in wide rows"""
     R = run.count * run.like.rank
     x = random(T, K + 24, dtype=dtype, device=device, seed=seed)[:, :K]
     A = random(R, K, dtype=dtype, device=device, seed=seed + 10, scale=K**-0.5)
-    g = random(T, K + R, dtype=dtype, device=device, seed=seed + 20)[:, K:]
-    return x, A, g, random(T, K, dtype=dtype, device=device, seed=seed + 30)
+    t = random(T, K + R, dtype=dtype, device=device, seed=seed + 20)[:, K:]
+    return x, A, t, random(T, K, dtype=dtype, device=device, seed=seed + 30)
 
 
-def by_formula(run: Run, x: Tensor, A: Tensor, g: Tensor, dx: Tensor, rng: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def by_formula(run: Run, x: Tensor, A: Tensor, t: Tensor, dx: Tensor, rng: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(xa, dA, dx) with explicit masks, every step rounded to x's dtype as PEFT's autograd would."""
     xa, dA, r = [], [], run.like.rank
     for j in range(run.count):
-        a, gj = A[j * r : (j + 1) * r], g[:, j * r : (j + 1) * r]
+        a, tj = A[j * r : (j + 1) * r], t[:, j * r : (j + 1) * r]
         keep = reference(rng, STREAM + j, x.shape[0], x.shape[1], run.like.threshold)
         xd = (torch.where(keep, x, 0).double() * run.like.keep_scale).to(x.dtype)
         xa.append((xd @ a.t()) * run.like.scale)
-        upstream = gj * run.like.scale
-        dA.append(upstream.t() @ xd)
-        back = upstream @ a
-        dx = dx + (torch.where(keep, back, 0).double() * run.like.keep_scale).to(x.dtype)
+        dA.append(tj.t() @ torch.where(keep, x, 0))
+        dx = dx + torch.where(keep, tj @ a, 0)
     return torch.cat(xa, 1), torch.cat(dA), dx
 
 
@@ -59,45 +58,50 @@ def test_project_and_backward(
     run, R = make_run(K, rank, count), count * rank
     assert (supported(torch.zeros(1, 1, dtype=dtype, device=device)) is None) == (dtype != torch.float32)
     for seed in range(2):
-        x, A, g, dx = inputs(run, T, K, dtype, device, seed)
-        oracle = by_formula(run, x.double(), A.double(), g.double(), dx.double(), rng)
-        stock = by_formula(run, x, A, g, dx, rng)
+        x, A, t, before = inputs(run, T, K, dtype, device, seed)
+        zero = torch.zeros_like(before)
+        oracle = by_formula(run, x.double(), A.double(), t.double(), zero.double(), rng)
+        stock = by_formula(run, x, A, t, zero, rng)
         xa = guarded(T, R, dtype=dtype, device=device, stride=R + 9)
         project(run, x, A, rng, STREAM, xa.view)
         xa.check()
         dA = guarded(R, K, dtype=torch.float32, device=device)
-        wide = guarded(T, K, dtype=dtype, device=device, stride=K + 9)
-        wide.view.copy_(dx)
-        project_backward(run, g, x, A, rng, STREAM, wide.view, dA.view)
+        dx = guarded(T, K, dtype=dtype, device=device, stride=K + 9)
+        project_backward(run, t, x, A, rng, STREAM, dx.view, dA.view)
         dA.check()
-        wide.check()
+        dx.check()
         accuracy.add("xa", xa.view, stock[0], oracle[0])
         accuracy.add("dA", dA.view, stock[1].float(), oracle[1])
-        accuracy.add("dx", wide.view, stock[2], oracle[2])
+        accuracy.add("dx", dx.view, stock[2], oracle[2])
 
-        once, frozen = dA.view.clone(), dx.clone()
-        project_backward(run, g, x, A, rng, STREAM, dx, dA.view, accumulate=True)
+        once, frozen, added = dA.view.clone(), torch.full_like(dx.view, torch.nan), before.clone()
+        project_backward(run, t, x, A, rng, STREAM, added, dA.view, add_dx=True, accumulate=True)
         torch.testing.assert_close(dA.view, 2 * once, rtol=1e-5, atol=1e-5)
-        assert torch.equal(dx, wide.view)
-        project_backward(run, g, x, A, rng, STREAM, frozen, None)
-        assert torch.equal(frozen, dx)
+        accuracy.add(
+            "dx added to",
+            added,
+            by_formula(run, x, A, t, before, rng)[2],
+            by_formula(run, *(v.double() for v in (x, A, t, before)), rng)[2],
+        )
+        project_backward(run, t, x, A, rng, STREAM, frozen, None)
+        assert torch.equal(frozen, dx.view)
     accuracy.check()
 
 
 def test_splits_sum_to_the_whole(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many SMs: K is split in the forward, T in the backward, into parts that do not divide them."""
     T, K, run = 260, 264, make_run(264, 4, 2)
-    rng, (x, A, g, dx) = new_rng(1, device), inputs(run, T, K, torch.bfloat16, device, 0)
+    rng, (x, A, t, before) = new_rng(1, device), inputs(run, T, K, torch.bfloat16, device, 0)
     results = []
     for sm_count in (1, 132):
         monkeypatch.setattr(lora_dropout, "gpu_of", lambda _, n=sm_count: Gpu((8, 0), n))
-        xa, dA, grad = torch.empty(T, 8, device=device).bfloat16(), torch.empty(8, K, device=device), dx.clone()
+        xa, dA, dx = torch.empty(T, 8, device=device).bfloat16(), torch.empty(8, K, device=device), before.clone()
         project(run, x, A, rng, STREAM, xa)
-        project_backward(run, g, x, A, rng, STREAM, grad, dA)
-        results.append((xa, dA, grad))
+        project_backward(run, t, x, A, rng, STREAM, dx, dA)
+        results.append((xa, dA, dx))
     plan = DotLaunch.of(4)
-    assert plan.forward_splits(run, T, K, 132) == 2
-    assert plan.backward_splits(run, T, K, 132) == 2
+    assert project_splits(plan, run, T, K, 132) == 2
+    assert grad_splits(plan, run, T, K, 132) == 3
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
     assert torch.equal(results[0][2], results[1][2])
@@ -105,17 +109,13 @@ def test_splits_sum_to_the_whole(device: torch.device, monkeypatch: pytest.Monke
 
 def test_deterministic(device: torch.device) -> None:
     run, rng = make_run(300, 8, 2), new_rng(5, device)
-    x, A, g, dx = inputs(run, 70, 300, torch.bfloat16, device, 0)
+    x, A, t, before = inputs(run, 70, 300, torch.bfloat16, device, 0)
 
     def outputs() -> tuple[Tensor, ...]:
-        xa, dA, grad = (
-            torch.empty_like(g, memory_format=torch.contiguous_format),
-            torch.empty_like(A).float(),
-            dx.clone(),
-        )
+        xa, dA, dx = t.clone(memory_format=torch.contiguous_format), torch.empty_like(A).float(), before.clone()
         project(run, x, A, rng, STREAM, xa)
-        project_backward(run, g, x, A, rng, STREAM, grad, dA)
-        return xa, dA, grad
+        project_backward(run, t, x, A, rng, STREAM, dx, dA)
+        return xa, dA, dx
 
     assert_deterministic(outputs)
 
@@ -129,20 +129,21 @@ def test_deterministic(device: torch.device) -> None:
     count=st.integers(1, 4),
     together=st.integers(1, 3),
     tile=st.sampled_from([Tile(16, 32, 4), Tile(32, 16, 4, 2), Tile(64, 64, 4)]),
+    add_dx=st.booleans(),
 )
-def test_any_shape_and_launch(T: int, K: int, rank: int, count: int, together: int, tile: Tile) -> None:
+def test_any_shape_and_launch(T: int, K: int, rank: int, count: int, together: int, tile: Tile, add_dx: bool) -> None:
     """The kernels with `tl.dot` against cuBLAS's way, on the CPU; also four projections, more than a program serves."""
-    plan = replace(DotLaunch.of(rank), together=together, project=tile, grad_A=tile, grad_x=tile)
+    plan = replace(DotLaunch.of(rank), together=together, project=tile, grad=tile)
     run, rng = make_run(K, rank, count, dropout=0.4), new_rng(T, CPU)
-    x, A, g, dx = inputs(run, T, K, torch.float16, CPU, K)
+    x, A, t, before = inputs(run, T, K, torch.float16, CPU, K)
     results = []
     for enabled in (True, False):
         with kernels_on_cpu(enabled), pytest.MonkeyPatch.context() as patch:
             patch.setattr(DotLaunch, "of", lambda rank: plan)
-            xa, dA, grad = torch.full((T, count * rank), torch.nan).half(), torch.full(A.shape, torch.nan), dx.clone()
+            xa, dA, dx = torch.full((T, count * rank), torch.nan).half(), torch.full(A.shape, torch.nan), before.clone()
             project(run, x, A, rng, STREAM, xa)
-            project_backward(run, g, x, A, rng, STREAM, grad, dA)
-            results.append((xa.float(), dA, grad.float()))
+            project_backward(run, t, x, A, rng, STREAM, dx, dA, add_dx=add_dx)
+            results.append((xa.float(), dA, dx.float()))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=5e-3, atol=2e-2)
 
@@ -154,7 +155,7 @@ def test_supported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with kernels_on_cpu():
         assert supported(x) is None
         assert "float32" in str(supported(x.float()))
-        monkeypatch.setattr(lora_dropout, "gpu_of", lambda _: Gpu((7, 5), 40))
+        monkeypatch.setattr(lora_tiles, "gpu_of", lambda _: Gpu((7, 5), 40))
         assert "8.0" in str(supported(x))
 
 

@@ -135,13 +135,10 @@ class LinearBackward:
 
     group: GroupState
     gradients: GroupGradients
-    dy: Tensor
-    dx_wide: Tensor
+    dy: Tensor  # [T, N]
+    dx: Tensor  # [T, K]
+    t: Tensor  # s dy B, [T, P]
     A_deferred: Tensor | None = None
-
-    @property
-    def dx(self) -> Tensor:
-        return self.dx_wide[:, : self.group.group.in_features]
 
     def finish(self, x: Tensor | None) -> Tensor:
         """Gradients that need x [T, K or K + P]; returns dx. What overwrites dx has to come before."""
@@ -150,9 +147,7 @@ class LinearBackward:
             assert x is not None
             x = x[:, : group.in_features]
             if self.A_deferred is not None:
-                g, add = self.dx_wide[:, group.in_features :], self.gradients.add
-                for run in group.runs:
-                    gemm(self.A_deferred[run.columns], g[:, run.columns].t(), x, run.like.scale, add)
+                gemm(self.A_deferred, self.t[:, : group.rank].t(), x, 1.0, self.gradients.add)
             self.gradients.weights(self.dy, x)
         self.gradients.finish()
         return self.dx
@@ -173,15 +168,16 @@ def linear_backward(
     """
     g = group.group
     gradients = GroupGradients.of(flat, g, group.trained, dy)
-    dx_wide = torch.empty((len(dy), g.width), dtype=matrix.dtype, device=dy.device)
-    A = dx_wide[:0, : g.in_features] if group.A is None else group.A
+    dx = torch.empty((len(dy), g.in_features), dtype=matrix.dtype, device=dy.device)
+    t = torch.empty((len(dy), g.pad), dtype=matrix.dtype, device=dy.device)
+    A = dx[:0] if group.A is None else group.A
     dropout = rng is not None and g.has_dropout
     lora, deferred = gradients.lora, None
     if not dropout:
         lora, deferred = gradients.without_A, gradients.lora.A
-    x = x[:, : g.in_features] if dropout and x is not None else dx_wide  # not read without dropout
+    x = x[:, : g.in_features] if dropout and x is not None else dx  # not read without dropout
     lora_backward(
         g, dy, matrix, x, dy if xa is None else xa, A, lora,
-        B=group.B, dx_wide=dx_wide, rng=rng if dropout else None, stream=group.stream,
+        B=group.B, t=t, dx=dx, rng=rng if dropout else None, stream=group.stream,
     )  # fmt: skip
-    return LinearBackward(group, gradients, dy, dx_wide, deferred)
+    return LinearBackward(group, gradients, dy, dx, t, deferred)

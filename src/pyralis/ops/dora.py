@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = 1 << 24  # W + s B A is made 64 MiB of float32 at a time
 def weight_norm(
     group: LoraGroup, weight: Tensor, A: Tensor, B: Sequence[Tensor | None], out: Tensor | None = None
 ) -> Tensor:
-    """norm [N] float32 of the rows of W + s B A; 1 for projections without adapter. weight: [N, K] or [N, K + P]."""
+    """norm [N] float32 of the rows of W + s B A; 1 for projections without adapter. weight: as for `lora_forward`."""
     K = group.in_features
     dtype = at_least_float32(weight.dtype)
     norm = torch.empty(group.out_features, dtype=dtype, device=weight.device) if out is None else out
@@ -65,7 +65,7 @@ def dora_forward(
 def dora_backward(
     group: LoraGroup, dy: Tensor, u: Tensor, weight: Tensor, x: Tensor, xa: Tensor, A: Tensor, ratio: Tensor,
     norm: Tensor, gradients: LoraGradients, dmagnitude: Tensor | None, *,
-    B: Sequence[Tensor | None] | None = None, dx_wide: Tensor | None = None,
+    B: Sequence[Tensor | None] | None = None, dx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """dx [T, K] of `dora_forward`; fills `gradients` and dmagnitude [N] float32 (also with zeros' gradient where m is
     not trained: rows without adapter are to be ignored). A [T, N] buffer for dy m / norm is allocated."""
@@ -74,7 +74,7 @@ def dora_backward(
         column_sums(dy, gradients.bias, gradients.accumulate)
     du = torch.mul(dy, ratio, out=torch.empty_like(u))
     scaled = LoraGradients(gradients.A, gradients.B, None, gradients.accumulate)
-    return lora_backward(group, du, weight, x, xa, A, scaled, B=B, dx_wide=dx_wide)
+    return lora_backward(group, du, weight, x, xa, A, scaled, B=B, dx=dx)
 
 
 def dora_dropout_forward(
@@ -82,7 +82,7 @@ def dora_dropout_forward(
     rng: Tensor, stream: int, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y [T, N], u [T, N], xa [T, R]) with dropout. u is not written for projections without adapter."""
-    W = weight[:, : group.in_features]
+    W = weight[: group.out_features, : group.in_features]
     y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
     u, xd = torch.zeros_like(y), torch.empty_like(x)
     xa = torch.empty((len(x), group.rank), dtype=x.dtype, device=x.device)
@@ -103,7 +103,7 @@ def dora_dropout_backward(
     rng: Tensor, stream: int,
 ) -> Tensor:  # fmt: skip
     """dx [T, K] of `dora_dropout_forward`; the rest as `dora_backward`."""
-    W = weight[:, : group.in_features]
+    W = weight[: group.out_features, : group.in_features]
     _magnitude_gradient(dy, u, norm, dmagnitude, gradients.accumulate)
     if gradients.bias is not None:
         column_sums(dy, gradients.bias, gradients.accumulate)

@@ -2,13 +2,16 @@
 
 The layout and its letters are described in `lora_group.py`. For a hand-written layer backward:
 
-    lora_project(...)     x_wide[:, K:] = s dropout(x) A^T        one GEMM (or the dropout kernel)
-    lora_forward(...)     y = x_wide @ weight^T + ...             one GEMM
-    lora_backward(...)    dx_wide = dy @ weight, then dA, dB, dbias, dx[:, :K] += s mask (dx_wide[:, K:] A)
+    lora_project(...)     x_wide[:, K:] = s dropout(x) A^T            one GEMM (or the dropout kernel)
+    lora_forward(...)     y = x_wide @ [W | B]^T + ...                one GEMM
+    lora_backward(...)    t = s dy B, dB, dx = [dy | t] @ [[W], [A]], dA = t^T x, dbias
 
 What multiplies by a scale does so in a GEMM's float32 epilogue, where it costs no rounding. Gradients of A and B are
 float32 whatever the operands are. With `weight` of K columns instead of K + P the B_j are given and multiplied one by
-one (`concatenates` says when). `lora_linear.py` makes a differentiable function of these, and holds the reference.
+one (`concatenates` says when). With N rows instead of N + P, and wherever dropout is on, whose masks lie between t A
+and dx, t A is written first and the GEMM adds to it: dx is then written once more and read once, where adding to it
+after the GEMM would take another pass. `lora_linear.py` makes a differentiable function of these, and holds the
+reference.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ from torch import Tensor
 
 from pyralis.ops.gemm import column_sums, gemm
 from pyralis.ops.lora_dropout import project, project_backward
+from pyralis.ops.lora_grad_b import grad_B
 from pyralis.ops.lora_group import LoraGroup
+
+ADDS_IN_GEMM = True  # t A comes before the GEMM, which adds to it; False: after it, by a pass of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +96,13 @@ def lora_forward(
 ) -> Tensor:
     """y [T, N] = x W^T + xa B^T + bias + residual from x_wide [T, K + P] with its LoRA columns filled.
 
-    weight: [N, K + P] with B in it, or [N, K] with B given. bias: [N], from `combine_bias`. residual: [T, N], added
-    before the sum is rounded; it may be `out`. out: [T, N], any row stride.
+    weight: [N or N + P, K + P] with B in it, or of K columns with B given; rows after N are not read. bias: [N], from
+    `combine_bias`. residual: [T, N], added before the sum is rounded; it may be `out`. out: [T, N], any row stride.
     """
     N, K = group.out_features, group.in_features
     if out is None:
         out = torch.empty((len(x_wide), N), dtype=x_wide.dtype, device=x_wide.device)
-    x, w = x_wide[:, : weight.shape[1]], weight.t()
+    x, w = x_wide[:, : weight.shape[1]], weight[:N].t()
     start = bias if residual is None else residual
     if start is None:
         torch.mm(x, w, out=out)
@@ -120,46 +126,89 @@ def lora_backward(
     gradients: LoraGradients,
     *,
     B: Sequence[Tensor | None] | None = None,
-    dx_wide: Tensor | None = None,
+    dy_wide: Tensor | None = None,
+    t: Tensor | None = None,
+    dx: Tensor | None = None,
     rng: Tensor | None = None,
     stream: int = 0,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of x [T, K]: the first columns of dx_wide [T, K + P], whose others hold dy @ B. Fills `gradients`.
+    """The gradient of x [T, K], in `dx` if given; fills `gradients`.
 
-    dy [T, N]; x [T, K] may have been computed anew; xa [T, P or R] is what `lora_project` returned; A, B, weight, rng
-    and stream as in the forward, with rng holding what it held then. All of any row stride.
+    dy [T, N]; x [T, K] may have been computed anew, and is not read where gradients.A is None; xa [T, P or R] is what
+    `lora_project` returned; A, B, weight, rng and stream as in the forward, with rng holding what it held then. All of
+    any row stride. weight: of N + P rows where A [P, K] lies in the last ones.
+    dy_wide [T, N + P]: for [dy | t], where dy may lie already; made by default where weight has A's rows and dropout is
+    off, not used elsewhere: there t [T, P] is where s dy B goes. dA = t^T x can be made later of either.
     """
-    T, K = len(dy), group.in_features
-    if dx_wide is None:
-        dx_wide = torch.empty((T, group.width), dtype=x.dtype, device=x.device)
-    dx, g = dx_wide[:, :K], dx_wide[:, K:]
-    torch.mm(dy, weight, out=dx_wide[:, : weight.shape[1]])
-    if weight.shape[1] == K:
-        for j, rows, columns in _adapters(group):
-            torch.mm(dy[:, rows], _given(B, j), out=g[:, columns])
-    for j, rows, columns in _adapters(group):
-        if gradients.B and (dB := gradients.B[j]) is not None:
-            gemm(dB, dy[:, rows].t(), xa[:, columns], 1.0, gradients.accumulate)
+    T, N, K = len(dy), group.out_features, group.in_features
+    if dx is None:
+        dx = torch.empty((T, K), dtype=x.dtype, device=x.device)
     if gradients.bias is not None:
         column_sums(dy, gradients.bias, gradients.accumulate)
-    for run in group.runs:
-        part, scale = run.columns, run.like.scale
-        dA = None if gradients.A is None else gradients.A[part]
-        if rng is not None and run.like.threshold:
-            project_backward(
-                run, g[:, part], x, A[part], rng, stream + run.first, dx, dA,
-                accumulate=gradients.accumulate, workspace=workspace,
-            )  # fmt: skip
-            continue
-        if dA is not None:
-            gemm(dA, g[:, part].t(), x, scale, gradients.accumulate)
-        dx.addmm_(g[:, part], A[part], alpha=scale)
+    if not group.rank:
+        return torch.mm(dy, weight[:N], out=dx)
+    dropout = rng is not None and group.has_dropout
+    in_one = len(weight) > N and not dropout
+    copy = None
+    if in_one:
+        if dy_wide is None:
+            dy_wide = torch.empty((T, N + group.pad), dtype=dy.dtype, device=dy.device)
+        if dy_wide.data_ptr() != dy.data_ptr():
+            copy = dy_wide[:, :N]
+        t = dy_wide[:, N:]
+    elif t is None:
+        t = torch.empty((T, group.pad), dtype=dy.dtype, device=dy.device)
+    b = _beside(group, weight) if weight.shape[1] > K else B
+    assert b is not None, "a weight without LoRA columns needs B"
+    grad_B(group, dy, b, xa, t, gradients.B, dropout=dropout, accumulate=gradients.accumulate, copy=copy)
+    if in_one:
+        assert dy_wide is not None
+        torch.mm(dy_wide, weight[:, :K], out=dx)
+    else:
+        W, A = weight[:N, :K], A[: group.pad]
+        if not ADDS_IN_GEMM:
+            torch.mm(dy, W, out=dx)
+        if rng is None or not dropout:
+            dx.addmm_(t[:, : len(A)], A, beta=0 if ADDS_IN_GEMM else 1)
+        else:
+            _through_dropout(group, t, x, A, gradients, dx, rng, stream, workspace)
+        if ADDS_IN_GEMM:
+            dx.addmm_(dy, W)
+    if not dropout and gradients.A is not None:
+        gemm(gradients.A, t[:, : group.rank].t(), x, 1.0, gradients.accumulate)
     return dx
+
+
+def _through_dropout(
+    group: LoraGroup, t: Tensor, x: Tensor, A: Tensor, gradients: LoraGradients, dx: Tensor, rng: Tensor, stream: int,
+    workspace: Tensor | None,
+) -> None:  # fmt: skip
+    """dA, and t A under the masks into dx."""
+    added = not ADDS_IN_GEMM
+    for run in group.runs:
+        part = run.columns
+        dA = None if gradients.A is None else gradients.A[part]
+        if run.like.threshold:
+            project_backward(
+                run, t[:, part], x, A[part], rng, stream + run.first, dx, dA,
+                add_dx=added, accumulate=gradients.accumulate, workspace=workspace,
+            )  # fmt: skip
+        else:
+            dx.addmm_(t[:, part], A[part], beta=1 if added else 0)
+            if dA is not None:
+                gemm(dA, t[:, part].t(), x, 1.0, gradients.accumulate)
+        added = True
 
 
 def _adapters(group: LoraGroup) -> list[tuple[int, slice, slice]]:
     return [(j, group.rows[j], group.columns[j]) for j in group.adapted]
+
+
+def _beside(group: LoraGroup, weight: Tensor) -> list[Tensor | None]:
+    """The B_j that lie beside W."""
+    columns = weight[:, group.in_features :]
+    return [columns[r, c] if p.rank else None for p, r, c in zip(group.projections, group.rows, group.columns)]
 
 
 def _given(B: Sequence[Tensor | None] | None, j: int) -> Tensor:

@@ -4,13 +4,14 @@
 
 q, k and v (or gate and up, or one projection alone) are stacked along the output features:
 
-    weight  [N, K + P] = [W | B]       W [N, K] stacked; B block-diagonal: rows of projection j x its own columns
+    weight  [N + P, K + P]             [[W | B], [A | -]]: W [N, K] stacked; B [N, P] block-diagonal: rows of
+                                       projection j x its own columns; A [P, K], the A_j stacked, without their scales
     x_wide  [T, K + P] = [x | xa]      xa = s x A^T, the columns of projection j filled from its own dropout
-    A       [P, K]                     A_j stacked, without their scales
+    dy_wide [T, N + P] = [dy | t]      t = s dy B
 
-so that y = x_wide @ weight^T is one GEMM, and dy @ weight gives dx and dy @ B in one. Rows and columns after the R used
-are zero: a product with them adds nothing. `concatenates` says where this layout pays; elsewhere `weight` is [N, K] and
-the same functions multiply by each B_j on its own.
+so that y = x_wide @ [W | B]^T is one GEMM, and dx = dy_wide @ [[W], [A]] another. Rows and columns after the R used are
+zero: a product with them adds nothing. Either half may be missing. `concatenates` says where B beside W pays; without
+it the same functions multiply by each B_j on its own. Without A's rows t A is added to dx.
 
 Shapes: T tokens, K input features, N output features of all projections, R ranks of all projections, P >= R columns.
 Source of the maths: Hu et al., LoRA (2021), equation 3; Kalajdzievski, rsLoRA (2023) for s = alpha / sqrt(r).
@@ -74,6 +75,16 @@ class Run:
     def columns(self) -> slice:
         return slice(self.column, self.column + self.count * self.like.rank)
 
+    @property
+    def alpha(self) -> float:
+        """What LoRA's product is multiplied by while dropout is on: s / (1 - p)."""
+        return self.like.scale * self.like.keep_scale
+
+    def part(self, first: int, most: int) -> Run:
+        """At most `most` of the adapters, from the first-th on."""
+        count = min(most, self.count - first)
+        return Run(self.first + first, count, self.column + first * self.like.rank, self.like)
+
 
 @dataclass(frozen=True)
 class LoraGroup:
@@ -104,6 +115,11 @@ class LoraGroup:
     def width(self) -> int:
         """K + P."""
         return self.in_features + self.pad
+
+    @cached_property
+    def height(self) -> int:
+        """N + P."""
+        return self.out_features + self.pad
 
     @cached_property
     def has_dropout(self) -> bool:
@@ -189,15 +205,14 @@ LAUNCH_BYTES = 6_000_000  # what memory moves in the 2 us of one more launch
 def concatenates(group: LoraGroup, tokens: int, gpu: Gpu, element_size: int = 2) -> bool:
     """Whether [W | B] in one GEMM beats multiplying by each B_j after the base GEMM.
 
-    Concatenated, the P columns cost 2 T N P operations more in the forward and again in the backward, zero blocks
-    included. Apart, the forward reads and writes y once more and the backward reads dy once more, at about 0.62 of
-    copy bandwidth (`addmm_` onto [4096, 28672] took 252 us on an H100), in two launches a projection.
-    Applied once, when weights are laid out, with the tokens of a usual micro-batch.
+    Concatenated, the P columns cost 2 T N P operations more in the forward, zero blocks included. Apart, y is read and
+    written once more, at about 0.62 of copy bandwidth (`addmm_` onto [4096, 28672] took 252 us on an H100), by a launch
+    for each projection. Applied once, when weights are laid out, with the tokens of a usual micro-batch.
     """
     if not group.rank:
         return False
     rate = FLOPS_PER_BYTE[max(c for c in FLOPS_PER_BYTE if c <= max(gpu.capability, (6, 1)))]
     adapted_features = sum(group.projections[j].out_features for j in group.adapted)
-    together = 4 * tokens * group.out_features * group.pad / rate
-    apart = 3 * tokens * adapted_features * element_size / 0.62 + 2 * len(group.adapted) * LAUNCH_BYTES
+    together = 2 * tokens * group.out_features * group.pad / rate
+    apart = 2 * tokens * adapted_features * element_size / 0.62 + len(group.adapted) * LAUNCH_BYTES
     return together <= apart

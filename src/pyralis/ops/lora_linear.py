@@ -68,6 +68,15 @@ def reference(
     return torch.cat(outputs, -1)
 
 
+def _place(group: LoraGroup, weight: Tensor, A: Tensor, B: Tensors) -> None:
+    """Write the adapter into the columns and rows that `weight` has for it."""
+    N, K = group.out_features, group.in_features
+    if weight.shape[1] > K:
+        stack_B(group, B, weight[:N, K:])
+    if len(weight) > N:
+        weight[N:, :K] = A
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -79,8 +88,7 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, K)
         stacked = stack_A(group, A, rows.new_empty(group.pad, K))
         cast = [None if b is None else b.to(x.dtype) for b in B]
-        if weight.shape[1] > K:
-            stack_B(group, cast, weight[:, K:])
+        _place(group, weight, stacked, cast)
         total_bias = combine_bias(group, bias, lora_bias, x.dtype)
         drawn = None
         if rng is not None and group.has_dropout:
@@ -105,7 +113,7 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 y = lora_forward(group, x_wide, weight, B=cast, bias=total_bias)
         ctx.save_for_backward(rows, xa, stacked, drawn, norm, ratio, u, *cast)
-        ctx.weight = weight  # not among the saved: another call may write its own B into the LoRA columns meanwhile
+        ctx.weight = weight  # not among the saved: another call may write its own adapter into it meanwhile
         ctx.group, ctx.stream, ctx.x_shape = group, stream, x.shape
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         return y.view(*x.shape[:-1], -1)
@@ -114,14 +122,13 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         group, weight = ctx.group, ctx.weight
         x, xa, A, rng, norm, ratio, u, *B = ctx.saved_tensors
-        n, K = len(group.projections), group.in_features
+        n = len(group.projections)
         dy = grad.reshape(len(x), -1)
         needed = ctx.needs_input_grad[5:]
         dtype = at_least_float32(x.dtype)
         grads = LoraGradients.empty(group, x.device, bias=any(needed[2 * n : 4 * n]), dtype=dtype)
         dm = torch.empty(group.out_features, dtype=dtype, device=x.device) if any(needed[4 * n :]) else None
-        if weight.shape[1] > K:
-            stack_B(group, B, weight[:, K:])
+        _place(group, weight, A, B)
         if group.dora and rng is not None:
             dx = dora_dropout_backward(
                 group, dy, u, weight, x, xa, A, B, ratio, norm, grads, dm, rng, ctx.stream
@@ -160,18 +167,19 @@ def lora_linear(
 ) -> Tensor:
     """y [..., N] of all projections; differentiable in x and in every parameter but the frozen weight.
 
-    x: [..., K]. weight: [N, K], or [N, K + P], whose last P columns the call overwrites with the B_j. A[j] [r_j, K],
-    B[j] [N_j, r_j], bias[j], lora_bias[j] and magnitude[j] [N_j]: any float dtype (float32 masters get float32
-    gradients), cast to x's. rng: `new_rng`, advanced by the call; None switches dropout off.
+    x: [..., K]. weight: [N or N + P, K or K + P]; columns after K and rows after N are overwritten with B and A.
+    A[j] [r_j, K], B[j] [N_j, r_j], bias[j], lora_bias[j] and magnitude[j] [N_j]: any float dtype (float32 masters get
+    float32 gradients), cast to x's. rng: `new_rng`, advanced by the call; None switches dropout off.
     Raises ValueError where shapes contradict the group, or weight wants a gradient.
     """
     n = len(group.projections)
     if weight.requires_grad:
         raise ValueError("lora_linear got a weight that requires a gradient; the base weight must be frozen")
-    if weight.shape[0] != group.out_features or weight.shape[1] not in (group.in_features, group.width):
+    rows, columns = (group.out_features, group.height), (group.in_features, group.width)
+    if weight.shape[0] not in rows or weight.shape[1] not in columns:
         raise ValueError(
-            f"weight is {list(weight.shape)}, the group expects [{group.out_features}, {group.in_features}] "
-            f"or with LoRA columns [{group.out_features}, {group.width}]"
+            f"weight is {list(weight.shape)}, the group expects {list(rows[:1] + columns[:1])}, "
+            f"with LoRA columns or rows up to {list(rows[1:] + columns[1:])}"
         )
     if group.dora != (magnitude is not None):
         raise ValueError("magnitude vectors are given exactly for a group with dora=True")

@@ -25,7 +25,7 @@ def _dots(rank: int, tokens: int, features: int, count: int, dtype: torch.dtype)
         dx = meta(tokens, features + 64, dtype=dtype)[:, :features]
         grad = meta(wide, features, dtype=torch.float32)
         project_backward(run, columns, x, A, rng, 7, dx, grad, accumulate=rank == 16)
-        project_backward(run, columns, x, A, rng, 7, dx, None)
+        project_backward(run, columns, x, A, rng, 7, dx, None, add_dx=True)
 
     return call
 

@@ -1,0 +1,182 @@
+"""What a LoRA backward reads of dy: t = dy B and dB = dy^T xa.
+
+    t_j  = alpha_j dy_j B_j                       alpha_j = s_j, with dropout s_j / (1 - p_j)
+    dB_j = dy_j^T xa_j                            xa = s x A^T of the forward
+
+At small ranks one kernel yields both, and a wide copy of dy where that is wanted, from one pass over dy; two products
+would read it twice, which for gate and up together is 78 us more of an H100 at T = 4096. A program holds dB of a strip
+of features while it goes over a span of tokens; the parts of t that strips yield, and those of dB that spans do, are
+added up by a second launch, in order. A projection's features only meet its own columns: no zeros are multiplied.
+
+Shapes: T tokens, N features of all projections, P columns, R ranks of all.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyralis.ops._triton import cdiv, gpu_of, launch, store_as, tl, triton
+from pyralis.ops.gemm import gemm
+from pyralis.ops.lora_dropout_kernels import columns_tile, operand
+from pyralis.ops.lora_group import LoraGroup, Run
+from pyralis.ops.lora_sums import AT_ONCE, sum_of
+from pyralis.ops.lora_tiles import TOGETHER, DotLaunch, reads_dy_once, span_of, supported
+
+SUM_BLOCK = 256
+Tensors = Sequence[Tensor | None]
+
+
+def grad_B(
+    group: LoraGroup, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors,
+    *, dropout: bool, accumulate: bool = False, copy: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill t [T, P] (zeros after R), write or add to dB_j [N_j, r_j] float32 where it is not None; `copy` [T, N] = dy.
+
+    dy [T, N], B_j [N_j, r_j], xa [T, R or P]; of any row stride. dropout: whether it is on, where a projection has any.
+    The kernel's partial sums are allocated: float32, an eighth of dy's bytes up to rank 16, a quarter at rank 32.
+    """
+    runs = group.runs
+    fused = [_fuses(group, run, dy, B, xa, t, dB) for run in runs]
+    if copy is not None and not (fused[0] and len(group.projections) == 1):
+        copy.copy_(dy)
+        copy = None
+    for run, together in zip(runs, fused):
+        alpha = run.alpha if dropout else run.like.scale
+        if together:
+            for first in range(0, run.count, TOGETHER):
+                _both(group, run.part(first, TOGETHER), dy, B, xa, t, dB, alpha, accumulate, copy)
+            continue
+        for j in group.adapted[run.first : run.first + run.count]:
+            rows, columns, b = group.rows[j], group.columns[j], _given(B, j)
+            t[:, columns].addmm_(dy[:, rows], b, beta=0, alpha=alpha)
+            if dB and (out := dB[j]) is not None:
+                gemm(out, dy[:, rows].t(), xa[:, columns], 1.0, accumulate)
+    if t.shape[1] > group.rank and not fused[-1]:
+        t[:, group.rank :].zero_()
+
+
+def _fuses(group: LoraGroup, run: Run, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors) -> bool:
+    members = group.adapted[run.first : run.first + run.count]
+    if not reads_dy_once(run.like.rank) or not dB or any(dB[j] is None for j in members):
+        return False
+    outputs = [dB[j] for j in members]
+    strides = {_given(B, j).stride() for j in members}
+    whole = all(out is not None and out.is_contiguous() and out.dtype == torch.float32 for out in outputs)
+    return whole and len(strides) == 1 and supported(dy, *(B[j] for j in members), xa, t) is None
+
+
+def _both(
+    group: LoraGroup, run: Run, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors, alpha: float,
+    accumulate: bool, copy: Tensor | None,
+) -> None:  # fmt: skip
+    members = group.adapted[run.first : run.first + run.count]
+    rank, T, device = run.like.rank, len(dy), dy.device
+    plan = DotLaunch.of(rank)
+    tile = plan.grad_B
+    sizes = [group.projections[j].out_features for j in members]
+    strips = [cdiv(n, tile.columns) for n in sizes]
+    splits = tile.splits(sum(strips), cdiv(T, 4 * tile.block_t), 1, gpu_of(device).sm_count)
+    t_parts = torch.empty((sum(strips), T, rank), dtype=torch.float32, device=device)
+    dB_parts = torch.empty((splits, sum(sizes), rank), dtype=torch.float32, device=device)
+    three = [members[min(i, len(members) - 1)] for i in range(TOGETHER)]  # what is not there is not read
+    starts, ends = [group.rows[j].start for j in three], [group.rows[j].stop for j in three]
+    xa_part = xa[:, run.columns]
+    launch(
+        _grad_B_kernel, (sum(strips), splits),
+        dy, *(B[j] for j in three), xa_part, copy, t_parts, dB_parts,
+        T, span_of(T, tile.block_t, splits) * tile.block_t, strips[0], sum(strips[:2]), sum(sizes), *starts, *ends,
+        dy.stride(0), _given(B, three[0]).stride(0), xa.stride(0), 0 if copy is None else copy.stride(0),
+        device=device, num_warps=tile.warps, num_stages=tile.stages,
+        RANK=rank, COUNT=len(members), BLOCK_T=tile.block_t, BLOCK_N=tile.columns, BLOCK_R=plan.block_r,
+    )  # fmt: skip
+    strip = row = 0
+    for j, size, count in zip(members, sizes, strips):
+        out, columns = dB[j], t[:, group.columns[j]]
+        width = t.shape[1] - group.columns[j].start if j == group.adapted[-1] else rank
+        t_tiles = cdiv(T * width, SUM_BLOCK)
+        launch(
+            _sum_both_kernel, (t_tiles + cdiv(size * rank, SUM_BLOCK),),
+            t_parts[strip:], dB_parts[:, row:], columns, out, T, t_tiles, count, splits, size, sum(sizes),
+            t.stride(0), alpha, device=device, num_warps=4,
+            RANK=rank, WIDTH=width, ADD=accumulate, BLOCK=SUM_BLOCK, AT_ONCE=AT_ONCE,
+        )  # fmt: skip
+        strip, row = strip + count, row + size
+
+
+def _given(B: Tensors, j: int) -> Tensor:
+    matrix = B[j]
+    assert matrix is not None, f"projection {j} has a rank but no B"
+    return matrix
+
+
+@triton.jit(do_not_specialize=["T", "span", "strips1", "strips2"])
+def _grad_B_kernel(
+    dy, B0, B1, B2, xa, copy, t_parts, dB_parts,
+    T, span, strips1, strips2, features, start0, start1, start2, end0, end1, end2,
+    dy_stride, B_stride, xa_stride, copy_stride,
+    RANK: tl.constexpr, COUNT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A strip of one projection's features, and a span of tokens. strips1, strips2: the first strips of projections 1
+    and 2. start_j, end_j: the projections' features among dy's. features: of all, the rows of dB's parts."""
+    strip, split = tl.program_id(0), tl.program_id(1)
+    B, start, end = B0, start0, end0
+    first, column, before = strip, 0, 0  # strips before this one in its projection; xa's column; rows of dB's parts
+    if COUNT > 1:
+        second = strip >= strips1
+        B, start, end = tl.where(second, B1, B0), tl.where(second, start1, start0), tl.where(second, end1, end0)
+        first = tl.where(second, strip - strips1, strip)
+        column, before = tl.where(second, RANK, 0), tl.where(second, end0 - start0, 0)
+    if COUNT > 2:
+        third = strip >= strips2
+        B, start, end = tl.where(third, B2, B), tl.where(third, start2, start), tl.where(third, end2, end)
+        first = tl.where(third, strip - strips2, first)
+        column = tl.where(third, 2 * RANK, column)
+        before = tl.where(third, end0 - start0 + end1 - start1, before)
+    feature = first * BLOCK_N + tl.arange(0, BLOCK_N)
+    present = feature < end - start
+    col = start + feature
+    r = tl.arange(0, BLOCK_R)
+    mask = present[:, None] & (r < RANK)[None, :]
+    b = operand(tl.load(B + feature[:, None].to(tl.int64) * B_stride + r[None, :], mask=mask, other=0.0))
+    dB = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for token in range(split * span, min(T, (split + 1) * span), BLOCK_T):
+        row = tl.arange(0, BLOCK_T).to(tl.int64) + token
+        inside = (row < T)[:, None] & present[None, :]
+        d = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=inside, other=0.0)
+        x = columns_tile(xa, row, T, xa_stride, column, RANK, BLOCK_R)
+        if copy is not None:
+            tl.store(copy + row[:, None] * copy_stride + col[None, :], d, mask=inside)
+        dB += tl.dot(tl.trans(operand(d)), x)
+        t = tl.dot(operand(d), b)
+        at = t_parts + (strip * T.to(tl.int64) + row)[:, None] * RANK + r[None, :]
+        tl.store(at, t, mask=(row < T)[:, None] & (r < RANK)[None, :])
+    at = dB_parts + (split * features.to(tl.int64) + before + feature)[:, None] * RANK + r[None, :]
+    tl.store(at, dB, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "t_tiles", "strips", "splits"])
+def _sum_both_kernel(
+    t_parts, dB_parts, t, dB, T, t_tiles, strips, splits, size, features, t_stride, alpha,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Of one projection. Its columns of t are WIDTH wide, zeros after RANK."""
+    tile = tl.program_id(0)
+    if tile < t_tiles:
+        element = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        row, r = element // WIDTH, element % WIDTH
+        inside = row < T
+        total = sum_of(
+            t_parts, strips, T.to(tl.int64) * RANK, row * RANK + r, inside & (r < RANK), BLOCK, AT_ONCE
+        )  # fmt: skip
+        store_as(t + row * t_stride + r, total * alpha, inside)
+    else:
+        element = (tile - t_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = element < size * RANK
+        total = sum_of(dB_parts, splits, features.to(tl.int64) * RANK, element, inside, BLOCK, AT_ONCE)
+        if ADD:
+            total += tl.load(dB + element, mask=inside, other=0.0)
+        tl.store(dB + element, total, mask=inside)
