@@ -136,6 +136,29 @@ def test_in_place_on_a_fused_row(device: torch.device, R: int, normed: bool | No
     assert torch.equal(v, before)
 
 
+@pytest.mark.parametrize("normed", [None, False])
+@pytest.mark.parametrize("R", [16, 12])
+def test_backward_into_a_fused_row(device: torch.device, R: int, normed: bool | None) -> None:
+    """The same bits as in place; dq and dk stay as they were, and so does what lies beside their places."""
+    T, H, KV, D = 5, 3, 2, 16
+    q, k, _ = split_qkv(qkv(T, H, KV, D, torch.bfloat16, device, 0), H, KV)
+    dq, dk, _ = split_qkv(qkv(T, H, KV, D, torch.bfloat16, device, 1), H, KV)
+    cos, sin = tables(T, R, torch.bfloat16, device)
+    norm = None if normed is None else norms(D, torch.bfloat16, device, normed)
+    saved = rope_forward(q, k, cos, sin, norm=norm, q_out=torch.empty_like(q), k_out=torch.empty_like(k))[2]
+    before = dq.clone(), dk.clone()
+    want = rope_backward(dq.clone(), dk.clone(), cos, sin, norm=norm, saved=saved)
+    buffer = guarded(T, (H + 2 * KV) * D, dtype=torch.bfloat16, device=device, stride=(H + 2 * KV) * D + 9)
+    to_q, to_k, to_v = split_qkv(buffer.view, H, KV)
+    to_v.fill_(7.0)
+    got = rope_backward(dq, dk, cos, sin, norm=norm, saved=saved, dq_out=to_q, dk_out=to_k)
+    buffer.check()
+    assert got[0] is to_q
+    for a, b in zip((*got, dq, dk), (*want, *before)):
+        assert torch.equal(a, b)
+    assert bool((to_v == 7.0).all())
+
+
 def test_transposed_heads_and_shared_table(device: torch.device) -> None:
     """q as [H, T, D] in memory; two sequences share one table; int32 positions say the same."""
     T, H, KV, D, S = 6, 4, 2, 16, 3

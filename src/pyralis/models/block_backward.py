@@ -85,14 +85,15 @@ def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dheads: Tenso
         q, k, _ = rotated(c, a)
         attention = replace(attention, q=q, k=k)
     dqkv = torch.empty_like(a.qkv)
-    dq, dk, dv = dqkv.split(spec.qkv_features, 1)
-    attention_backward(dheads, attention, out=(dq, dk, dv))
+    to_q, to_k, to_v = dqkv.split(spec.qkv_features, 1)
+    dq, dk, dv = attention_backward(dheads, attention)
+    to_v.copy_(dv)
     weights = () if norm is None else (norm.q_weight, norm.k_weight)
     grads = [torch.empty_like(w) if w.requires_grad else None for w in weights] or [None, None]
     shape = (dq.shape[0], -1, spec.attention.head_dim)
     rope_backward(
         dq.view(shape), dk.view(shape), c.cos, c.sin, norm=norm, saved=a.qk_saved,
-        dq_weight=grads[0], dk_weight=grads[1],
+        dq_weight=grads[0], dk_weight=grads[1], dq_out=to_q.view(shape), dk_out=to_k.view(shape),
     )  # fmt: skip
     for part, grad in zip((spec.q_norm, spec.k_norm), grads):
         if part is not None and grad is not None:

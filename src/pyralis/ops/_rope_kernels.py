@@ -104,22 +104,25 @@ def forward_kernel(
 
 @triton.jit
 def _backward_heads(
-    grad, x, weight, rstd_in, partial, c, s, token, first_head, stride, head_stride, x_stride, x_head_stride,
-    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+    grad, out, x, weight, rstd_in, partial, c, s, token, first_head, stride, head_stride, out_stride, out_head_stride,
+    x_stride, x_head_stride, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, COPY_REST: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = R // 2
     head = first_head + tl.arange(0, HEADS)
     col = tl.arange(0, BLOCK_HALF)
     mask = (head < H)[:, None] & (col < HALF)[None, :]
-    target = grad + token * stride + head[:, None] * head_stride
-    ga = tl.load(target + col[None, :], mask=mask, other=0.0).to(tl.float32)
-    gb = tl.load(target + HALF + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    given = grad + token * stride + head[:, None] * head_stride
+    target = out + token * out_stride + head[:, None] * out_head_stride
+    ga = tl.load(given + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    gb = tl.load(given + HALF + col[None, :], mask=mask, other=0.0).to(tl.float32)
     da = ga * c + gb * s
     db = gb * c - ga * s
+    rest = tl.arange(0, BLOCK_REST)
+    mask_rest = (head < H)[:, None] & (rest < D - R)[None, :]
+    if R < D and COPY_REST:
+        dz = tl.load(given + R + rest[None, :], mask=mask_rest, other=0.0).to(tl.float32)
     if weight is not None:
-        rest = tl.arange(0, BLOCK_REST)
-        mask_rest = (head < H)[:, None] & (rest < D - R)[None, :]
         source = x + token * x_stride + head[:, None] * x_head_stride
         rstd = tl.load(rstd_in + token * H + head, mask=head < H, other=0.0)[:, None]
         a = tl.load(source + col[None, :], mask=mask, other=0.0).to(tl.float32) * rstd
@@ -131,26 +134,28 @@ def _backward_heads(
         db *= _weight_part(weight, HALF, HALF, BLOCK_HALF, UNIT_OFFSET)
         dot = tl.sum(da * a, 1) + tl.sum(db * b, 1)
         if R < D:
-            dz = tl.load(target + R + rest[None, :], mask=mask_rest, other=0.0).to(tl.float32)
             z = tl.load(source + R + rest[None, :], mask=mask_rest, other=0.0).to(tl.float32) * rstd
             if partial is not None:
                 tl.store(partial + R + rest, tl.sum(dz * z, 0), mask=rest < D - R)
             dz *= _weight_part(weight, R, D - R, BLOCK_REST, UNIT_OFFSET)
             dot += tl.sum(dz * z, 1)
-            store_as(target + R + rest[None, :], rstd * (dz - z * (dot / D)[:, None]), mask_rest)
+            dz = rstd * (dz - z * (dot / D)[:, None])
         da = rstd * (da - a * (dot / D)[:, None])
         db = rstd * (db - b * (dot / D)[:, None])
     store_as(target + col[None, :], da, mask)
     store_as(target + HALF + col[None, :], db, mask)
+    if R < D and COPY_REST:
+        store_as(target + R + rest[None, :], dz, mask_rest)
 
 
 @triton.jit(do_not_specialize=["table_rows"])
 def backward_kernel(
-    dq, dk, q, k, cos, sin, positions, q_weight, k_weight, q_rstd, k_rstd, partial,
-    dq_stride, dq_head_stride, dk_stride, dk_head_stride, q_stride, q_head_stride, k_stride, k_head_stride,
-    cos_stride, sin_stride, table_rows,
+    dq, dk, dq_out, dk_out, q, k, cos, sin, positions, q_weight, k_weight, q_rstd, k_rstd, partial,
+    dq_stride, dq_head_stride, dk_stride, dk_head_stride, dq_out_stride, dq_out_head_stride, dk_out_stride,
+    dk_out_head_stride, q_stride, q_head_stride, k_stride, k_head_stride, cos_stride, sin_stride, table_rows,
     Q_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HEADS: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, COPY_REST: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     block = tl.program_id(1)
@@ -160,13 +165,13 @@ def backward_kernel(
         partial += (token * BLOCKS + block) * D
     if block < Q_BLOCKS:
         _backward_heads(
-            dq, q, q_weight, q_rstd, partial, c, s, token, block * HEADS,
-            dq_stride, dq_head_stride, q_stride, q_head_stride,
-            HQ, HEADS, D, R, BLOCK_HALF, BLOCK_REST, UNIT_OFFSET,
+            dq, dq_out, q, q_weight, q_rstd, partial, c, s, token, block * HEADS,
+            dq_stride, dq_head_stride, dq_out_stride, dq_out_head_stride, q_stride, q_head_stride,
+            HQ, HEADS, D, R, BLOCK_HALF, BLOCK_REST, COPY_REST, UNIT_OFFSET,
         )  # fmt: skip
     else:
         _backward_heads(
-            dk, k, k_weight, k_rstd, partial, c, s, token, (block - Q_BLOCKS) * HEADS,
-            dk_stride, dk_head_stride, k_stride, k_head_stride,
-            HK, HEADS, D, R, BLOCK_HALF, BLOCK_REST, UNIT_OFFSET,
+            dk, dk_out, k, k_weight, k_rstd, partial, c, s, token, (block - Q_BLOCKS) * HEADS,
+            dk_stride, dk_head_stride, dk_out_stride, dk_out_head_stride, k_stride, k_head_stride,
+            HK, HEADS, D, R, BLOCK_HALF, BLOCK_REST, COPY_REST, UNIT_OFFSET,
         )  # fmt: skip

@@ -14,6 +14,7 @@ Source of the maths: Su et al., RoFormer (2021), equation 34.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class HeadLaunch:
     num_warps: int
 
     @classmethod
+    @cache
     def of(cls, heads: int, rotated: int) -> HeadLaunch:
         block_half = next_power_of_2(rotated // 2)
         tile_heads = min(next_power_of_2(heads), max(1, 1024 // block_half))
@@ -204,9 +206,12 @@ def rope_backward(
     saved: QKNormSaved | None = None,
     dq_weight: Tensor | None = None,
     dk_weight: Tensor | None = None,
+    dq_out: Tensor | None = None,
+    dk_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to q and k, in place over dq [T, H, D] and dk [T, KV, D] (any token and head stride).
+    """Gradients with respect to q and k, of dq [T, H, D] and dk [T, KV, D] (any token and head stride).
 
+    dq_out, dk_out: where they go, in shapes and dtype of dq and dk; by default in place.
     norm and saved: as in and from the forward. dq_weight, dk_weight: [D], overwritten; None for frozen norms. With
     them a float32 workspace [T, head blocks, D] is allocated; its rows are summed in a fixed order.
     """
@@ -215,19 +220,20 @@ def rope_backward(
     (T, H, D), KV, R = dq.shape, dk.shape[1], cos.shape[1]
     weights = (None, None) if norm is None else (norm.q_weight, norm.k_weight)
     q, k, q_rstd, k_rstd = (None, None, None, None) if saved is None else saved
-    if supported(dq, dk, cos, sin, q, k, *weights) is not None:
+    dq_out, dk_out = dq if dq_out is None else dq_out, dk if dk_out is None else dk_out
+    if supported(dq, dk, cos, sin, q, k, dq_out, dk_out, *weights) is not None:
         offset = norm is not None and norm.unit_offset
         cos, sin = _rows(cos, positions, T), _rows(sin, positions, T)
-        for grad, x, rstd, weight, dweight in (
-            (dq, q, q_rstd, weights[0], dq_weight),
-            (dk, k, k_rstd, weights[1], dk_weight),
+        for grad, out, x, rstd, weight, dweight in (
+            (dq, dq_out, q, q_rstd, weights[0], dq_weight),
+            (dk, dk_out, k, k_rstd, weights[1], dk_weight),
         ):
             scale = None if weight is None else weight.to(at_least_float32(weight.dtype)) + offset
             dx, grad_weight = _reference_backward(grad, cos, sin, x, rstd, scale)
-            grad.copy_(dx)
+            out.copy_(dx)
             if dweight is not None and grad_weight is not None:
                 dweight.copy_(grad_weight)
-        return dq, dk
+        return dq_out, dk_out
     plan = HeadLaunch.of(max(H, KV), R)
     q_blocks, k_blocks = cdiv(H, plan.heads), cdiv(KV, plan.heads)
     partial = None
@@ -235,12 +241,14 @@ def rope_backward(
         partial = torch.empty((T, q_blocks + k_blocks, D), dtype=torch.float32, device=dq.device)
     launch(
         backward_kernel, (T, q_blocks + k_blocks),
-        dq, dk, q, k, cos, sin, positions, *weights, q_rstd, k_rstd, partial,
+        dq, dk, dq_out, dk_out, q, k, cos, sin, positions, *weights, q_rstd, k_rstd, partial,
         dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1),
+        dq_out.stride(0), dq_out.stride(1), dk_out.stride(0), dk_out.stride(1),
         *((0, 0, 0, 0) if q is None or k is None else (q.stride(0), q.stride(1), k.stride(0), k.stride(1))),
         cos.stride(0), sin.stride(0), max(cos.shape[0], 1),
         device=dq.device, num_warps=plan.num_warps, Q_BLOCKS=q_blocks, BLOCKS=q_blocks + k_blocks, HQ=H, HK=KV,
         HEADS=plan.heads, D=D, R=R, BLOCK_HALF=plan.block_half, BLOCK_REST=next_power_of_2(D - R),
+        COPY_REST=norm is not None or dq_out is not dq or dk_out is not dk,
         UNIT_OFFSET=norm is not None and norm.unit_offset,
     )  # fmt: skip
     if partial is not None:
@@ -248,7 +256,7 @@ def rope_backward(
             dq_weight.copy_(partial[:, :q_blocks].sum((0, 1)))
         if dk_weight is not None:
             dk_weight.copy_(partial[:, q_blocks:].sum((0, 1)))
-    return dq, dk
+    return dq_out, dk_out
 
 
 class _Rope(torch.autograd.Function):

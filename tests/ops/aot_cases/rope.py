@@ -37,6 +37,8 @@ def _call(shape: tuple, dtype: torch.dtype, indexed: bool) -> Callable[[], None]
                 dq, dk, cos, sin, positions=positions, norm=norm, saved=saved,
                 dq_weight=dweights[0], dk_weight=dweights[1],
             )  # fmt: skip
+        into_q, into_k, _ = split_qkv(meta(T, (H + 2 * KV) * D, dtype=dtype), H, KV)
+        rope_backward(dq, dk, cos, sin, positions=positions, norm=norm, saved=saved, dq_out=into_q, dk_out=into_k)
 
     return call
 
