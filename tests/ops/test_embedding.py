@@ -163,9 +163,10 @@ def test_supported_says_why() -> None:
 
 
 def test_launches() -> None:
-    assert EmbeddingLaunch.gather(4096) == EmbeddingLaunch(4096, 1, 8)
+    assert EmbeddingLaunch.gather(4096) == EmbeddingLaunch(4096, 8)
     assert EmbeddingLaunch.gather(576).block_n == 1024
-    assert EmbeddingLaunch.scatter(64).block_n == 64
+    assert EmbeddingLaunch.scatter(64) == EmbeddingLaunch(64, 1)
+    assert EmbeddingLaunch.scatter(4096) == EmbeddingLaunch(2048, 4)
 
 
 @pytest.mark.gpu
