@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ import torch
 Contender: TypeAlias = Callable[[], object]
 
 PYRALIS, STOCK, COMPILED, LIGER, BITSANDBYTES = "pyralis", "torch", "torch.compile", "liger", "bitsandbytes"
+PEERS = (STOCK, COMPILED, LIGER, BITSANDBYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,19 @@ class BenchCase:
     dtype: torch.dtype = torch.bfloat16
 
 
-@cache
+compiling: ContextVar[bool] = ContextVar("compiling", default=True)
+
+
 def compiled(function: Callable) -> Callable:
-    """`torch.compile(function)`, made once for all inputs; each size is compiled for itself, as its default would."""
+    """`torch.compile(function)`, made once for all inputs; each size is compiled for itself, as its default would.
+
+    The function itself while `compiling` is off, for a run without that peer.
+    """
+    return _compiled(function) if compiling.get() else function
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 

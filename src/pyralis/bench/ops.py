@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pyralis.bench.cases
-from pyralis.bench.case import PYRALIS, SHAPES, BenchCase
+from pyralis.bench.case import COMPILED, PEERS, PYRALIS, SHAPES, BenchCase, compiling
 from pyralis.bench.measure import Rates, Timing, bench_stream, measure_rates, require_gpu, time_rotating
 from pyralis.errors import ConfigError
 from pyralis.models.staging import write_text
@@ -57,13 +57,15 @@ def find_cases(ops: Sequence[str], shapes: Sequence[str], tokens: Sequence[int])
                 yield from module.cases(SHAPES[shape], count)
 
 
-def measure_case(case: BenchCase, rates: Rates, device: torch.device) -> Result:
+def measure_case(case: BenchCase, rates: Rates, device: torch.device, without: Collection[str] = ()) -> Result:
     """Every contender at this size; one that fails (memory, an unsupported size) is reported, ours is raised."""
     torch.compiler.reset()  # each size is compiled anew: after eight dynamo would run the rest uncompiled
     with torch.cuda.stream(bench_stream()):
         sets = [case.contenders(device) for _ in range(INPUT_SETS)]
     timings, errors = {}, {}
     for name in sets[0]:
+        if name in without:
+            continue
         try:
             timings[name] = time_rotating([contenders[name] for contenders in sets])
         except (RuntimeError, ValueError, ImportError) as error:
@@ -83,16 +85,24 @@ def bench_ops(
     tokens: Sequence[int],
     out: Path | None,
     report: Callable[[str], None] = print,
+    *,
+    without: Collection[str] = (),
 ) -> list[Result]:
-    """Measure, print a table, and with `out` write ops.json and ops.png into that folder."""
+    """Measure, print a table, and with `out` write ops.json and ops.png into that folder.
+
+    without: peers to leave out, of `PEERS`.
+    """
+    if unknown := [name for name in without if name not in PEERS]:
+        raise ConfigError(f"unknown peer {', '.join(unknown)}; expected some of {', '.join(PEERS)}")
     cases = list(find_cases(ops, shapes, tokens))
+    compiling.set(COMPILED not in without)
     device = require_gpu()
     torch.manual_seed(0)
     rates = measure_rates(device)
     results = []
     for number, case in enumerate(cases, 1):
         report(f"{number}/{len(cases)} {case.op} {case.shape} T={case.tokens}")
-        results.append(measure_case(case, rates, device))
+        results.append(measure_case(case, rates, device, without))
         torch.cuda.empty_cache()
     console = Console()
     # A log has no width; 80 columns would cut every figure.
