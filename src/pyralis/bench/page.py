@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pyralis.bench.case import PYRALIS
+from pyralis.bench.train.results import KIND, Record
+from pyralis.bench.train.tables import markdown_table
 
 ROOT = Path(__file__).parents[3]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
@@ -48,8 +50,10 @@ def renewed(page: str) -> str:
     """The page with each table made anew from the file that its marker names."""
 
     def fill(match: re.Match[str]) -> str:
-        record = json.loads((RESULTS / match["file"]).read_text(encoding="utf-8"))
-        return f"{match[1]}\n{table(record)}\n\n{match[3]}"
+        path = RESULTS / match["file"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        made = markdown_table(Record.read(path)) if record.get("kind") == KIND else table(record)
+        return f"{match[1]}\n{made}\n\n{match[3]}"
 
     return _BLOCK.sub(fill, page)
 

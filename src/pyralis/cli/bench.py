@@ -1,4 +1,4 @@
-"""`pyralis bench`: measure this GPU. `pyralis bench ops` times every op beside its peers."""
+"""`pyralis bench`: measure this GPU. `pyralis bench ops` times every op, `pyralis bench train` whole training steps."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from pyralis.cli.bench_train import register_train
+
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def register(app: typer.Typer) -> None:
-    bench = typer.Typer(help="Measure this GPU: every op beside its peers and its roofline.")
+    bench = typer.Typer(help="Measure this GPU: ops beside their roofline, training steps beside other libraries.")
     app.add_typer(bench, name="bench")
 
     @bench.callback(invoke_without_command=True)
@@ -28,6 +30,7 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path | None, typer.Option(help="Folder for ops.json and ops.png.")] = None,
         shapes: Annotated[str, typer.Option(help="Models whose sizes to take.")] = "llama3-8b,qwen2-7b",
         tokens: Annotated[str, typer.Option(help="Tokens in a micro-batch.")] = "1024,4096,16384",
+        without: Annotated[str, typer.Option(help="Peers to leave out; torch.compile takes most of the time.")] = "",
     ) -> None:
         """Time every op: median, % of the roofline (measured in the same run), and its peers beside it."""
         from pyralis.bench.ops import bench_ops, op_names
@@ -37,4 +40,7 @@ def register(app: typer.Typer) -> None:
             counts = [int(part) for part in _split(tokens)]
         except ValueError:
             raise ConfigError(f"--tokens {tokens!r}: expected whole numbers between commas, as 1024,4096") from None
-        bench_ops(op or op_names(), _split(shapes), counts, out, report=lambda line: typer.echo(line, err=True))
+        names, peers = op or op_names(), _split(without)
+        bench_ops(names, _split(shapes), counts, out, lambda line: typer.echo(line, err=True), without=peers)
+
+    register_train(bench)

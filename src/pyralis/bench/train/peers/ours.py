@@ -1,0 +1,60 @@
+"""Pyralis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainingArguments
+
+from pyralis.bench.train.peers.base import Peer
+from pyralis.data.collate import Collator
+from pyralis.engine.flat_parameters import flatten_parameters
+from pyralis.engine.optimizer import FlatAdamW
+from pyralis.lora.attach import LoraSettings, attach_lora
+from pyralis.models.causal_lm import causal_lm_loss
+from pyralis.models.checkpointing import choose_save_policy
+from pyralis.models.load import ModelSettings, load_model
+from pyralis.models.surgery import accelerate, decoder_layers
+from pyralis.train.trainer import PyralisTrainer
+
+
+class Pyralis(Peer):
+    def prepare(self, variant: str) -> nn.Module:
+        model = self.model if self.model is not None else self._loaded()
+        if variant == "keep":
+            model.gradient_checkpointing_disable()
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            choose_save_policy(decoder_layers(model), variant)  # type: ignore[arg-type]  # one of POLICIES
+        return model.train()
+
+    def _loaded(self) -> Any:
+        settings = ModelSettings(str(self.folder), self.bench.mode, master_weights="compute")
+        loaded = load_model(settings, device=self.device, dtype=self.dtype)
+        accelerate(loaded.model)
+        if self.bench.mode == "full":
+            return loaded.model
+        rank = self.bench.rank
+        return attach_lora(loaded.model, LoraSettings(rank=rank, alpha=rank, dropout=self.bench.dropout))
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        return causal_lm_loss(self.model, inputs | {"padding_side": "right"}, batch["labels"])
+
+    def optimizer(self) -> Optimizer:
+        if self.bench.mode == "full":  # plain weights lie in the stacks of their layers, not in one buffer
+            return super().optimizer()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        flatten_parameters(parameters)
+        return FlatAdamW(parameters, lr=self.bench.learning_rate, weight_decay=0.0, bits=8)
+
+    def trainer(self, variant: str, arguments: dict[str, Any], rows: Any) -> Any:
+        return PyralisTrainer(
+            model=self.model,
+            args=TrainingArguments(**arguments),
+            train_dataset=rows,
+            data_collator=Collator(pad_token_id=0),
+        )

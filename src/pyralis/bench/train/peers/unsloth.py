@@ -1,0 +1,60 @@
+"""Unsloth, by its public interface. It changes other libraries when it is imported, and so has to come first."""
+
+from __future__ import annotations
+
+from unsloth import FastLanguageModel  # isort: skip
+
+from typing import Any
+
+from torch import nn
+from transformers import default_data_collator
+
+from pyralis.bench.train.peers.base import Peer
+
+
+class Unsloth(Peer):
+    """Loaded anew for each variant: what `use_gradient_checkpointing` sets up holds for the process."""
+
+    def prepare(self, variant: str) -> nn.Module:
+        self.drop_model()
+        bench = self.bench
+        longest = max(shape.tokens for shape in bench.shapes)
+        checkpointing: Any = {"True": True, "False": False}.get(variant, variant)
+        model, self._tokenizer = FastLanguageModel.from_pretrained(
+            model_name=str(self.folder),
+            max_seq_length=longest,
+            dtype=self.dtype,
+            load_in_4bit=bench.mode == "qlora",
+            full_finetuning=bench.mode == "full",
+            use_gradient_checkpointing=checkpointing,
+        )
+        if bench.mode != "full":
+            model = FastLanguageModel.get_peft_model(
+                model,
+                r=bench.rank,
+                lora_alpha=bench.rank,
+                lora_dropout=bench.dropout,
+                target_modules=list(self.made.targets),
+                bias="none",
+                use_gradient_checkpointing=checkpointing,
+                max_seq_length=longest,
+            )
+        return model.train()
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def trainer(self, variant: str, arguments: dict[str, Any], rows: Any) -> Any:
+        from trl import SFTConfig, SFTTrainer
+
+        options: dict[str, Any] = {
+            "gradient_checkpointing": variant != "False",
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        }
+        return SFTTrainer(
+            model=self.model,
+            args=SFTConfig(**arguments, **options),
+            train_dataset=rows,
+            data_collator=default_data_collator,
+            processing_class=self.tokenizer(),
+        )
