@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 
 @dataclass
@@ -16,9 +16,9 @@ class TokenCounts:
 
     _supervised: int = 0
     _total: int = 0
-    _pending: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _pending: list[tuple[Tensor | float, Tensor | float]] = field(default_factory=list)
 
-    def add(self, supervised: torch.Tensor, total: torch.Tensor) -> None:
+    def add(self, supervised: Tensor | float, total: Tensor | float) -> None:
         self._pending.append((supervised, total))
         if len(self._pending) >= 256:  # bound the number of live scalars
             self._drain()
