@@ -1,7 +1,7 @@
 """Launches through `launch_compiled` beside Triton's own, on a driver that runs nothing; a script for test_compiled.py.
 
 Triton under TRITON_INTERPRET cannot compile, so this runs in a process of its own. It prints, for each list of
-arguments, whether the kernel that Triton would have taken was launched, with the arguments that Triton would have given.
+arguments, whether the kernel that Triton would have taken was launched, with the arguments it would have given.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ from pyralis.models.policy import InputStore, SavePolicy
 from pyralis.models.weights import LayerWeights
 from pyralis.ops.attention import AttentionLayout
 
+_NOTHING = nullcontext()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call:
@@ -85,7 +87,7 @@ def _rows(grad: Tensor) -> Tensor:
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Dtypes are chosen here; autocast would cast again."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 class _FusedLayer(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +80,16 @@ def _drawn(rng: Tensor) -> Tensor:
     return torch.randint(2**62, (2,), dtype=torch.int64, device=rng.device)
 
 
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
+_NOTHING = nullcontext()
+
+
+def _plain_tensors() -> AbstractContextManager[None]:
     """Buffers made under `torch.inference_mode` could not be written to in training."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
+    return _outside_inference_mode() if torch.is_inference_mode_enabled() else _NOTHING
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -111,7 +111,7 @@ class LayerWeights:
         return self.state.parameters
 
     def matrices(self, state: LayerState) -> tuple[Tensor, ...]:
-        """Four matrices [N, K + P or K], valid until another layer asks for its own."""
+        """Four matrices [N + P, K + P] or [N, K], valid until another layer asks for its own."""
         return state.base.matrices(state.groups, state.plan)
 
     def keep_matrices(self, state: LayerState) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AtenOp:
     """An op of the installed torch. None stands for an undefined tensor."""
 
@@ -22,14 +22,21 @@ class AtenOp:
 
     def __call__(self, given: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The results by name. `given` arguments must exist; of those `offered` the ones without default are taken."""
-        arguments = dict(given)
-        for name in self.required.difference(arguments):
-            if offered is None or name not in offered:
-                raise RuntimeError(f"aten::{self.name} of torch {torch.__version__} has a new argument: {name}")
-            arguments[name] = offered[name]
+        missing = self._missing(tuple(given))
+        if not missing:
+            return dict(zip(self.returns, self.overload(**given)))
+        if offered is None or (absent := [name for name in missing if name not in offered]):
+            new = ", ".join(missing if offered is None else absent)
+            raise RuntimeError(f"aten::{self.name} of torch {torch.__version__} has a new argument: {new}")
+        taken = {name: offered[name] for name in missing}
+        return dict(zip(self.returns, self.overload(**given, **taken)))
+
+    @cache  # noqa: B019  ops live as long as the process
+    def _missing(self, given: tuple[str, ...]) -> tuple[str, ...]:
+        """The arguments that have to be offered where these are given."""
         if unknown := [n for n in given if n not in self.required and n not in self.optional]:
             raise RuntimeError(f"aten::{self.name} of torch {torch.__version__} takes no {', '.join(unknown)}")
-        return dict(zip(self.returns, self.overload(**arguments)))
+        return tuple(sorted(self.required.difference(given)))
 
 
 @lru_cache

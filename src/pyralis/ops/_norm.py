@@ -7,6 +7,7 @@ Shapes: T rows (tokens), N features, C chunks of rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class RowLaunch:
     num_warps: int
 
     @classmethod
+    @cache
     def of(cls, features: int) -> RowLaunch:
         block_n = next_power_of_2(features)
         rows = max(1, 2048 // block_n)  # short rows share a program, so that each thread still has two loads in flight

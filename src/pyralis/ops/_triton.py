@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,6 +145,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@cache
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 

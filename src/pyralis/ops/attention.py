@@ -13,8 +13,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,23 @@ SWITCHES: dict[str, Callable[[], bool]] = {  # what torch's `sdpa_kernel` and `e
     "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
 }
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
 _choices: dict[tuple[Any, ...], Choice] = {}
+
+
+def _without_grad(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`torch.no_grad()`, without its 2 us where gradients are off already, as in a hand-written layer."""
+
+    @wraps(function)
+    def called(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return called
 
 
 @lru_cache
@@ -130,7 +146,7 @@ def _try(
     return None
 
 
-@torch.no_grad()
+@_without_grad
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: AttentionLayout, *, out: Tensor | None = None,
     backend: str | None = None,
@@ -140,8 +156,9 @@ def attention_forward(
     q: [T, H * D], k and v: [T, G * D], rows of any stride: columns of one fused buffer are not copied. out: a buffer of
     any row stride that the output is copied into once (none of torch's kernels writes into one). backend: forces one.
     """
+    tokens, head_dim = layout.tokens, spec.head_dim
     for name, t, heads in (("q", q, spec.num_heads), ("k", k, spec.num_kv_heads), ("v", v, spec.num_kv_heads)):
-        expected = (layout.tokens, heads * spec.head_dim)
+        expected = (tokens, heads * head_dim)
         assert t.shape == expected, f"{name}: {tuple(t.shape)}, expected {expected}"
         assert t.stride(1) == 1, f"{name}: the last dimension is not contiguous"
     spec = spec.within(layout.max_seqlen)
@@ -153,7 +170,7 @@ def attention_forward(
     return result, Saved(name, spec, layout, q, k, v, result, state)
 
 
-@torch.no_grad()
+@_without_grad
 def attention_backward(
     dout: Tensor, saved: Saved, *, out: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ Source of the maths: Shazeer, GLU Variants Improve Transformer (2020); Hendrycks
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class GLULaunch:
     num_warps: int
 
     @classmethod
+    @cache
     def of(cls, features: int) -> GLULaunch:
         # Eight elements a thread are one 16-byte load of each operand; three or four operands are in flight together.
         block = min(1024, next_power_of_2(features))
@@ -57,7 +59,8 @@ class GLULaunch:
 
 def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """Views (gate, up) [T, I] of a fused projection's output [T, 2 * I], for all functions here."""
-    gate, up = gate_up.chunk(2, -1)
+    half = gate_up.shape[-1] // 2
+    gate, up = gate_up.split_with_sizes((half, half), -1)
     return gate, up
 
 
