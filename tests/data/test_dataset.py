@@ -15,7 +15,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pyralis.data import encode
+from pyralis.data import encode, processes
 from pyralis.data.cache import REPORT_NAME, build_once
 from pyralis.data.collate import Collator, num_supervised
 from pyralis.data.dataset import BuiltData, DataSettings, build_dataset
@@ -210,8 +210,8 @@ def test_what_a_task_cannot_take(build: Callable[..., BuiltData]) -> None:
         build([preference])
     with pytest.raises(DataError, match=r"train.jsonl:1: task_type pretrain needs documents"):
         build([GOOD], task_type="pretrain")
-    with pytest.raises(DataError, match="task_type dpo"):
-        build([preference], task_type="dpo")
+    with pytest.raises(DataError, match=r"train.jsonl:1: task_type dpo needs preference rows, .*chosen"):
+        build([{"text": "a"}], task_type="dpo")
     with pytest.raises(DataError, match=r"train.jsonl:1: a conversation needs a chat template"):
         build([GOOD], template=None)
 
@@ -322,9 +322,9 @@ def ids(built: BuiltData) -> list[list[int]]:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "PARALLEL_FROM_ROWS", 10)
-    monkeypatch.setattr(encode, "CHUNK_ROWS", 7)
-    monkeypatch.setattr(encode, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(processes, "PARALLEL_FROM_ROWS", 10)
+    monkeypatch.setattr(processes, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(processes, "usable_cpus", lambda: 3)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,12 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from pyralis.data.encode import EMPTY, NO_ANSWER, NO_ROOM, OVERLONG, Encoder, RawRow, encode_rows
+from pyralis.data.encode import (
+    EMPTY,
+    NO_ANSWER,
+    NO_ROOM,
+    OVERLONG,
+    SAME_ANSWERS,
+    EncodedRow,
+    Encoder,
+    RawRow,
+)
 from pyralis.data.formats import detect_format
-from pyralis.data.pack import PackedRow, bin_pack, pack_documents, pack_examples, position_ids
+from pyralis.data.pack import Ids, PackedRow, bin_pack, pack_documents, pack_examples, position_ids
+from pyralis.data.processes import encode_rows
 from pyralis.data.report import DataReport, Tally
 from pyralis.data.settings import DataSettings
-from pyralis.data.store import EXAMPLE_COLUMNS, PACKED_COLUMNS, STREAM_COLUMNS, Rows, write_rows
+from pyralis.data.store import EXAMPLE_COLUMNS, PACKED_COLUMNS, PAIR_COLUMNS, STREAM_COLUMNS, Rows, write_rows
 from pyralis.data.types import Source
 from pyralis.errors import DataError
 
@@ -28,6 +38,7 @@ _ADVICE = {
     NO_ANSWER: "Each conversation needs an assistant turn, or there is nothing to learn from it.",
     NO_ROOM: "What stands before the first answer fills the row: raise max_seq_length, or shorten prompts and system.",
     OVERLONG: "Raise max_seq_length, or set overlong: truncate.",
+    SAME_ANSWERS: "They differ only behind max_seq_length: raise it, or lower max_prompt_length.",
     EMPTY: "Their texts are empty.",
 }
 
@@ -101,17 +112,28 @@ def _encode(
                 if row.dropped is not None:
                     tally.drop(row.source, row.dropped)
                     continue
-                tally.truncated += row.full_length > len(row.input_ids)
-                yield {"input_ids": row.input_ids, "labels": row.labels}
+                tally.truncated += row.full_length > row.length
+                yield _columns(row)
             done += len(chunk.rows)
             if progress is not None:
                 progress(done)
 
-    write_rows(path, EXAMPLE_COLUMNS, kept_rows())
-    rows = Rows(path)
+    columns = _columns_of(encoder.settings)
+    write_rows(path, columns, kept_rows())
+    rows = Rows(path, columns)
     if not len(rows):
         raise DataError(_nothing_left(sources, tally))
     return rows
+
+
+def _columns_of(settings: DataSettings) -> tuple[str, ...]:
+    """What is kept of a row that is not packed."""
+    return PAIR_COLUMNS if settings.task_type == "dpo" else EXAMPLE_COLUMNS
+
+
+def _columns(row: EncodedRow) -> dict[str, Any]:
+    found: dict[str, Any] = {"input_ids": row.input_ids, "labels": row.labels}
+    return found if row.pair_lengths is None else found | {"pair_lengths": row.pair_lengths}
 
 
 def _raw_rows(sources: Sequence[DataSource], data_format: str, tally: Tally) -> Iterator[RawRow]:
@@ -187,19 +209,22 @@ def _write(path: Path, rows: Rows, indices: np.ndarray, encoder: Encoder) -> _Wr
     settings = encoder.settings
     room = settings.max_seq_length
     if not settings.packs:
-        examples = (rows[i] for i in indices)
-        write_rows(path, EXAMPLE_COLUMNS, ({"input_ids": ids, "labels": labels} for ids, labels in examples))
+        write_rows(path, _columns_of(settings), (rows[i] for i in indices))
     elif settings.task_type == "pretrain":
-        documents = (rows[i][0] for i in indices)
+        documents = (rows[i]["input_ids"] for i in indices)
         stream = pack_documents(documents, room, encoder.tokenizer.eos_token_id)
         write_rows(path, STREAM_COLUMNS, map(_stream_row, stream))
     else:
         bins = bin_pack(rows.lengths[indices].tolist(), room)
-        packed = (pack_examples([rows[indices[i]] for i in members]) for members in bins)
+        packed = (pack_examples([_example(rows[indices[i]]) for i in members]) for members in bins)
         write_rows(path, PACKED_COLUMNS, map(_packed_row, packed))
     result = Rows(path)
     tokens, supervised = result.count()
     return _Written(len(result), tokens, supervised, tokens / (len(result) * room) if settings.packs else None)
+
+
+def _example(row: Mapping[str, Ids]) -> tuple[Ids, Ids]:
+    return row["input_ids"], row["labels"]
 
 
 def _stream_row(row: PackedRow) -> dict[str, Any]:

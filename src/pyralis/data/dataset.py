@@ -33,7 +33,8 @@ _REPORT = TypeAdapter(DataReport)
 @dataclass(frozen=True, slots=True)
 class BuiltData:
     """Datasets with the columns input_ids, labels, length; packed ones also seq_lengths (the lengths of the parts of
-    each row), and where the parts must not attend to one another position_ids. `digest` is of the content of the
+    each row), and where the parts must not attend to one another position_ids; preferences pair_lengths
+    (`store.PAIR_COLUMNS`). `digest` is of the content of the
     training files."""
 
     train: Dataset
@@ -60,8 +61,6 @@ def build_dataset(
         DataError: a file or row that cannot be used, or no row that anything can be learnt from.
         TemplateError: a conversation that the template refuses.
     """
-    if settings.task_type == "dpo":
-        raise DataError("task_type dpo: preference data is read and checked, but cannot be trained on yet. Use sft.")
     if settings.task_type == "pretrain" and settings.packs and tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no EOS token to put between documents. Set packing: false.")
     train = _open(settings.files, settings)

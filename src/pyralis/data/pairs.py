@@ -61,7 +61,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class PairCollator:
-    """Examples with `prompt_ids`, `chosen_ids` and `rejected_ids` -> tensors.
+    """Examples with `prompt_ids`, `chosen_ids` and `rejected_ids`, or rows of `store.PAIR_COLUMNS`, -> tensors.
 
     - the model's: input_ids [S, longest] and attention_mask ("padded"), or input_ids and position_ids [1, tokens] with
       cu_seq_lens and max_length ("packed", "shared"; shared prompts add shared_keys, `models/layout.py`);
@@ -104,12 +104,20 @@ class PairCollator:
         return batch
 
     def _pair(self, example: Mapping[str, Any]) -> tuple[_Answer, _Answer]:
-        prompt, *answers = (np.asarray(example[f"{n}_ids"], np.int64) for n in ("prompt", "chosen", "rejected"))
+        prompt, *answers = _parts(example)
         chosen, rejected = (_Answer(np.concatenate([prompt, answer]), len(prompt)) for answer in answers)
         if self.max_length is None:
             return chosen, rejected
         from_end = self.truncation_mode == "keep_end"
         return chosen.cut(self.max_length, from_end), rejected.cut(self.max_length, from_end)
+
+
+def _parts(example: Mapping[str, Any]) -> list[_Ids]:
+    """Prompt, chosen and rejected answer."""
+    if "pair_lengths" in example:
+        ends = np.cumsum(example["pair_lengths"])[:-1]
+        return np.split(np.asarray(example["input_ids"], np.int64), ends)
+    return [np.asarray(example[f"{name}_ids"], np.int64) for name in ("prompt", "chosen", "rejected")]
 
 
 def _padded(sequences: Sequence[_Answer], pad_token_id: int, multiple: int) -> dict[str, Any]:

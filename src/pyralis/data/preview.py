@@ -81,13 +81,30 @@ def preview(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBas
     """The first `count` rows of a built dataset, with what is learnt marked."""
     parts: list[RenderableType] = [_Legend()]
     for number, row in zip(range(1, count + 1), rows):
-        learnt = sum(int(label) != IGNORED for label in row["labels"])
-        parts_of_row = len(row.get("seq_lengths", ()))
-        packed = f", {parts_of_row} parts" if parts_of_row > 1 else ""
-        title = f"row {number}: {len(row['input_ids'])} tokens, {learnt} learnt{packed}"
-        parts.append(Rule(Text(title), align="left", characters="─", style="dim"))
-        parts.append(_LearntText(tuple(stretches(row["input_ids"], row["labels"], tokenizer))))
+        texts = _pair(row) if "pair_lengths" in row else (_whole(row),)
+        for title, ids, labels in texts:
+            parts.append(Rule(Text(f"row {number}: {title}"), align="left", characters="─", style="dim"))
+            parts.append(_LearntText(tuple(stretches(ids, labels, tokenizer))))
     return Group(*parts)
+
+
+def _whole(row: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    learnt = sum(int(label) != IGNORED for label in row["labels"])
+    parts_of_row = len(row.get("seq_lengths", ()))
+    packed = f", {parts_of_row} parts" if parts_of_row > 1 else ""
+    return f"{len(row['input_ids'])} tokens, {learnt} learnt{packed}", row["input_ids"], row["labels"]
+
+
+def _pair(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The prompt with each answer."""
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    prompt, chosen, rejected = map(int, row["pair_lengths"])
+    start = prompt
+    for name, length in (("chosen", chosen), ("rejected", rejected)):
+        answer = slice(start, start + length)
+        title = f"{name}, {prompt + length} tokens, {length} learnt"
+        yield title, ids[:prompt] + ids[answer], labels[:prompt] + labels[answer]
+        start += length
 
 
 def _shortened(text: str) -> str:

@@ -28,6 +28,8 @@ class DataSettings:
         max_seq_length: longest row, in tokens.
         packing: fill rows up to max_seq_length; None packs in pretraining only.
         overlong: what happens to an example longer than max_seq_length (packed documents are never too long).
+        max_prompt_length: of a preference longer than max_seq_length, the last tokens of the prompt that are kept in
+            any case.
         eval_split: share of the training examples held out, drawn with `seed`; not together with eval_files.
         max_samples: take only the first rows of the training data.
         num_workers: processes that tokenise, at most; the result does not depend on it.
@@ -42,6 +44,7 @@ class DataSettings:
     loss_on: LossOn = "all_turns"
     packing: bool | None = None
     overlong: Overlong = "truncate"
+    max_prompt_length: int = 512
     split: str = "train"
     eval_split: float = 0.0
     max_samples: int | None = None
@@ -65,6 +68,7 @@ class DataSettings:
             loss_on=config.loss_on,
             packing=config.packing,
             overlong=config.overlong,
+            max_prompt_length=config.max_prompt_length,
             split=config.dataset_split,
             eval_split=config.eval_split,
             max_samples=config.max_samples,

@@ -18,6 +18,8 @@ BATCH_TOKENS = 1 << 20
 EXAMPLE_COLUMNS = ("input_ids", "labels")
 STREAM_COLUMNS = (*EXAMPLE_COLUMNS, "seq_lengths")
 PACKED_COLUMNS = (*STREAM_COLUMNS, "position_ids")
+# A preference: prompt, chosen and rejected answer one after another, and the lengths of the three.
+PAIR_COLUMNS = (*EXAMPLE_COLUMNS, "pair_lengths")
 
 
 def write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[Mapping[str, Ids]]) -> None:
@@ -51,35 +53,42 @@ def read_dataset(path: Path) -> Dataset:
     return Dataset.from_file(str(path)).with_format("numpy")
 
 
+def longest_sequence(rows: Dataset) -> int:
+    """The most tokens that a model is given at once: of a pair, those of the prompt and the longer answer."""
+    if "pair_lengths" not in rows.column_names:
+        return max(rows.data["length"].to_pylist())
+    return max(prompt + max(chosen, rejected) for prompt, chosen, rejected in rows.data["pair_lengths"].to_pylist())
+
+
 def highest_token(rows: Dataset) -> int:
     """The highest token id in a dataset of `read_dataset`; reads it once, without copying it."""
     return max(pc.max(chunk.flatten()).as_py() for chunk in rows.data["input_ids"].chunks)
 
 
 class Rows:
-    """Rows of a file of `write_rows` by index, as numpy views into the mapped file."""
+    """Rows of a file of `write_rows` by index, as numpy views into the mapped file. columns: those that are read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: tuple[str, ...] = EXAMPLE_COLUMNS) -> None:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         self.lengths: Ids = table["length"].to_numpy()
         self._values = {
             name: [(chunk.values.to_numpy(), chunk.offsets.to_numpy()) for chunk in table[name].chunks]
-            for name in EXAMPLE_COLUMNS
+            for name in columns
         }
         self._starts = np.cumsum([0, *(len(offsets) - 1 for _, offsets in self._values["input_ids"])])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> tuple[Ids, Ids]:
-        """(input_ids, labels) of a row."""
+    def __getitem__(self, index: int) -> dict[str, Ids]:
+        """A row, by column."""
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
         within = index - self._starts[chunk]
-        ids, labels = (
-            values[chunk][0][values[chunk][1][within] : values[chunk][1][within + 1]]
-            for values in (self._values["input_ids"], self._values["labels"])
-        )
-        return ids, labels
+        found = {}
+        for name, chunks in self._values.items():
+            values, offsets = chunks[chunk]
+            found[name] = values[offsets[within] : offsets[within + 1]]
+        return found
 
     def count(self) -> tuple[int, int]:
         """(tokens, tokens with a label)."""

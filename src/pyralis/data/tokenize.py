@@ -38,11 +38,15 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPreference:
-    """A prompt and two answers to it; `prompt_ids + chosen_ids` is how chat tokenises the conversation."""
+    """A prompt and two answers to it; `prompt_ids + chosen_ids` is how chat tokenises the conversation.
+
+    `full_length` is that of the prompt and the longer answer before anything was cut.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    full_length: int
 
 
 def encode_conversations(
@@ -160,11 +164,12 @@ def encode_preference(
     prompt_ids = pair[0].ids[:split]
     answers = [one.ids[split:last] for one, (_, last) in zip(pair, bounds, strict=True)]
     longest = max(map(len, answers))
-    if len(prompt_ids) + longest > max_length:
+    full_length = len(prompt_ids) + longest
+    if full_length > max_length:
         keep = min(max(max_prompt_length, max_length - longest), max_length - 1)
         prompt_ids = prompt_ids[-keep:]
         answers = [answer[: max_length - len(prompt_ids)] for answer in answers]
-    return EncodedPreference(prompt_ids, *answers)
+    return EncodedPreference(prompt_ids, answers[0], answers[1], full_length)
 
 
 def _encoded(ids: list[int], learnt: Sequence[bool], max_length: int) -> Encoded:

@@ -16,7 +16,7 @@ from pyralis.compat import checkpointing_argument
 from pyralis.data.dataset import BuiltData, build_dataset, template_for
 from pyralis.data.pack import require_isolation
 from pyralis.data.settings import DataSettings
-from pyralis.data.store import highest_token
+from pyralis.data.store import highest_token, longest_sequence
 from pyralis.data.template import ChatTemplate, stop_token_ids
 from pyralis.errors import ConfigError, ModelError
 from pyralis.lora.attach import LoraSettings, ParameterCount, attach_lora, count_parameters
@@ -26,19 +26,13 @@ from pyralis.models.load import LoadedModel, ModelSettings, load_model
 from pyralis.models.surgery import AccelerationReport, accelerate, report
 from pyralis.models.tokenizer import load_tokenizer
 from pyralis.train.config import TrainConfig
+from pyralis.train.device_fit import CPU_OPTIMIZERS
 from pyralis.train.refusals import refusals_named
 
 logger = logging.getLogger(__name__)
 
-# bitsandbytes' and torch's fused optimizers that a CPU does not have, and what does the same arithmetic there.
-_CPU_OPTIMIZERS = {
-    "adamw_torch_fused": "adamw_torch",
-    "adamw_8bit": "adamw_torch",
-    "adamw_bnb_8bit": "adamw_torch",
-    "paged_adamw": "adamw_torch",
-    "paged_adamw_32bit": "adamw_torch",
-    "paged_adamw_8bit": "adamw_torch",
-}
+# Optimizers of a GPU, and what does the same arithmetic on a CPU.
+_CPU_OPTIMIZERS = {"adamw_torch_fused": "adamw_torch", **CPU_OPTIMIZERS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +125,7 @@ def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
             f"the data holds token {highest} ({prepared.tokenizer.convert_ids_to_tokens(highest)!r}), but the model "
             f"has only {vocabulary} embeddings: the tokenizer is not this model's."
         )
-    longest = max(max(part.data["length"].to_pylist()) for part in parts)
+    longest = max(map(longest_sequence, parts))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not limit or longest <= limit:
         return notes
