@@ -139,6 +139,30 @@ def test_in_place(device: torch.device) -> None:
     assert torch.equal(rms_norm_backward(buffer, h, weight, rstd, residual_grad=residual_grad, out=buffer), dx)
 
 
+@pytest.mark.parametrize(("T", "N"), [(150, 72), (9, 2100), (4, 8200)])
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_trained_weight_beside_everything_else(device: torch.device, unit_offset: bool, T: int, N: int) -> None:
+    """More rows than programs; the input's gradient is what it is without the weight's, in place and in the branch."""
+    x, weight, dy = inputs(T, N, torch.bfloat16, device, 0)
+    h = x.float()
+    residual_grad = random(T, N, dtype=torch.float32, device=device, seed=3)
+    rstd = rms_norm_forward(h, weight, EPS, unit_offset=unit_offset).rstd
+    options = {"unit_offset": unit_offset, "residual_grad": residual_grad}
+    dx_want = rms_norm_backward(dy, h, weight, rstd, **options)
+    want = reference_backward(dy.double(), h.double(), weight.double(), rstd.double(), unit_offset=unit_offset)[1]
+    branch = guarded(T, N, dtype=torch.bfloat16, device=device, stride=N + 3)
+    dweight = guarded(N, dtype=torch.float32, device=device)
+    dx = rms_norm_backward(
+        dy, h, weight, rstd, **options, out=residual_grad, branch_out=branch.view, dweight=dweight.view
+    )
+    for buffer in (branch, dweight):
+        buffer.check()
+    assert dx is residual_grad
+    torch.testing.assert_close(dx, dx_want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(branch.view, dx.to(torch.bfloat16))
+    torch.testing.assert_close(dweight.view, want.float(), rtol=1e-5, atol=1e-4)
+
+
 def test_deterministic(device: torch.device) -> None:
     x, weight, dy = inputs(37, 520, torch.bfloat16, device, 0)
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyralis.ops._norm import MAX_FEATURES, RowLaunch, norm_weight_gradients
+from pyralis.ops._norm_trained import ONE_PASS_FEATURES, norm_backward_trained
 from pyralis.ops._triton import (
     at_least_float32,
     cdiv,
@@ -119,8 +120,8 @@ def layer_norm_backward(
     """The gradient with respect to h, [T, N]; with a residual it is the gradient of x and of residual alike.
 
     dy, residual_grad (what reaches h past the norm, added in the same pass): [T, N], any row stride. out: default
-    [T, N] in h's dtype; may be dy or residual_grad itself. dweight, dbias: [N], overwritten in a second pass over dy
-    and h (`norm_weight_gradients`); None for frozen ones.
+    [T, N] in h's dtype; may be dy or residual_grad itself. dweight, dbias: [N], overwritten; None for frozen ones. With
+    either and more than 8192 features a second pass reads dy and h again (`norm_weight_gradients`).
     """
     T, N = h.shape
     dx = torch.empty((T, N), dtype=h.dtype, device=h.device) if out is None else out
@@ -132,8 +133,11 @@ def layer_norm_backward(
         if dbias is not None:
             dbias.copy_(grad_bias)
         return dx
-    if dweight is not None or dbias is not None:  # before dx, which may overwrite dy
-        norm_weight_gradients(dy, h, mean, rstd, dweight, dbias)
+    if dweight is not None or dbias is not None:
+        if N <= ONE_PASS_FEATURES:
+            norm_backward_trained(dy, h, weight, mean, rstd, dx, residual_grad, None, dweight, dbias)
+            return dx
+        norm_weight_gradients(dy, h, mean, rstd, dweight, dbias)  # before dx, which may overwrite dy
     plan = RowLaunch.of(N)
     launch(
         _backward_kernel, (cdiv(T, plan.rows),),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyralis.ops._norm import MAX_FEATURES, RowLaunch, norm_weight_gradients
+from pyralis.ops._norm_trained import ONE_PASS_FEATURES, norm_backward_trained
 from pyralis.ops._triton import (
     at_least_float32,
     cdiv,
@@ -130,7 +131,7 @@ def rms_norm_backward(
     dy, residual_grad (what reaches h past the norm, added in the same pass): [T, N], any row stride. out: default
     [T, N] in h's dtype; may be dy or residual_grad itself. branch_out: the same gradient once more, in its own dtype
     (the half-precision branch of a float32 residual stream). dweight: [N], overwritten; None for a frozen weight.
-    With dweight a second pass reads dy and h again (`norm_weight_gradients`).
+    With dweight and more than 8192 features a second pass reads dy and h again (`norm_weight_gradients`).
     """
     T, N = h.shape
     dx = torch.empty((T, N), dtype=h.dtype, device=h.device) if out is None else out
@@ -144,9 +145,12 @@ def rms_norm_backward(
         if dweight is not None:
             dweight.copy_(grad_weight)
         return dx
+    if dweight is not None:
+        if N <= ONE_PASS_FEATURES:
+            norm_backward_trained(dy, h, weight, None, rstd, dx, residual_grad, branch_out, dweight, None, unit_offset)
+            return dx
+        norm_weight_gradients(dy, h, None, rstd, dweight, None)  # before dx, which may overwrite dy
     plan = RowLaunch.of(N)
-    if dweight is not None:  # before dx, which may overwrite dy
-        norm_weight_gradients(dy, h, None, rstd, dweight, None)
     launch(
         _backward_kernel, (cdiv(T, plan.rows),),
         dy, h, weight, rstd, residual_grad, dx, branch_out, T,
