@@ -12,7 +12,9 @@ from pyralis.cli.quiet import set_up_process
 from pyralis.errors import PyralisError
 
 # Each module has `register(app)`. They import their heavy dependencies inside the command, so that `--help` is quick.
-COMMANDS: tuple[str, ...] = ("quickstart", "train", "config", "data", "fetch", "chat", "export", "env", "bench")
+COMMANDS: tuple[str, ...] = (
+    *("quickstart", "train", "config", "data", "fetch", "chat", "export", "env", "bench", "verify"),
+)
 
 
 def _version(value: bool) -> None:

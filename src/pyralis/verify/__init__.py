@@ -1,0 +1,1 @@
+"""Stock transformers against the fast layers on the user's own model and machine, both against float64."""
