@@ -19,6 +19,10 @@ _PUBLIC: dict[str, str] = {
     "train": "pyralis.train.run",
     "merge_adapter": "pyralis.export.merge",
     "fetch_model": "pyralis.models.fetch",
+    "FastLanguageModel": "pyralis.api.language_model",
+    "FastModel": "pyralis.api.language_model",
+    "PatchDPOTrainer": "pyralis.api.language_model",
+    "is_bfloat16_supported": "pyralis.api.loading",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -40,3 +40,10 @@ def checkpointing_argument(name: str) -> str:
     """What the installed transformers calls `gradient_checkpointing` or `gradient_checkpointing_kwargs`."""
     newer = CHECKPOINTING_NAMES[name]
     return newer if newer in training_argument_fields() else name
+
+
+def switch_checkpointing(model: Any, on: bool) -> None:
+    """Turn a transformers model's gradient checkpointing on (without reentrance) or off, by the method it has."""
+    new = f"activation_checkpointing_{'enable' if on else 'disable'}"
+    switch = getattr(model, new, None) or getattr(model, new.replace("activation", "gradient"))
+    switch({"use_reentrant": False}) if on else switch()

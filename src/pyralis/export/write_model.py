@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from pyralis.errors import ModelError
@@ -31,11 +31,16 @@ def write_model(
     *,
     max_shard_size: str | int = "5GB",
     four_bit: BitsAndBytesConfig | None = None,
+    generation: GenerationConfig | None = None,
 ) -> None:
     """Write `model` with its active adapters merged: weights, config and generation config. The model stays as it is.
 
-    Host memory holds one shard. The config says what is written: no quantisation unless `four_bit` (then every linear
-    layer but the head is packed, as bitsandbytes does it while loading), and whether head and embedding still are one.
+    Host memory holds one shard. The config says what is written: no quantisation unless `four_bit`, and whether head
+    and embedding still are one.
+
+    Args:
+        four_bit: pack every linear layer but the head, as bitsandbytes does it while loading.
+        generation: None is the model's own.
 
     Raises:
         ModelError: an adapter whose weights are not finite, or a size that is none.
@@ -60,8 +65,9 @@ def write_model(
     if four_bit is not None:
         config.quantization_config = four_bit  # type: ignore[attr-defined]
     config.save_pretrained(folder)
-    if base.generation_config is not None:
-        base.generation_config.save_pretrained(folder)
+    generation = generation or base.generation_config
+    if generation is not None:
+        generation.save_pretrained(folder)
 
 
 def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, limit: int) -> None:

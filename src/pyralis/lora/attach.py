@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pyralis.errors import ModelError
 from pyralis.lora.adapter import load_adapter
+from pyralis.lora.changed_base import changes_base
 from pyralis.models.nf4 import four_bit_layers
 
 __all__ = ["LoraSettings", "ParameterCount", "attach_lora", "count_parameters", "find_linear_targets"]
@@ -33,20 +36,25 @@ class LoraSettings:
     """A low-rank adapter: W + scale * B A, with scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
 
     Attributes:
-        target_modules: "all-linear" (every linear layer but the head) or the names of modules.
+        target_modules: "all-linear" (every linear layer but the head), the names of modules, or a regular expression
+            that whole paths match.
         modules_to_save: modules trained whole and saved with the adapter, such as "embed_tokens".
-        init_lora_weights: True starts from B = 0; False, "gaussian" and "orthogonal" as PEFT has them.
+        init_lora_weights: True starts from B = 0; others as PEFT has them.
+        may_change_base: take starts that change the base weights too (`changed_base.py`).
+        more: other fields of PEFT's `LoraConfig`.
     """
 
     rank: int = 64
     alpha: float = 16
     dropout: float = 0.05
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: str | tuple[str, ...] = "all-linear"
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: InitLora = True
     modules_to_save: tuple[str, ...] = ()
+    may_change_base: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +100,11 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, *, adapter: Path
             init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]
             modules_to_save=list(settings.modules_to_save) or None,
             fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in _matching(modules, targets)),
+            **settings.more,
         )
         try:
             tuned = get_peft_model(model, config)  # type: ignore[assignment]
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ModelError(f"LoRA cannot be put on this model: {error}") from error
     for parameter in tuned.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
@@ -137,13 +146,17 @@ def _is_linear(module: nn.Module) -> bool:
     return is_leaf and "Linear" in type(module).__name__ and (hasattr(module, "qweight") or hasattr(module, "weight"))
 
 
-def _matching(names: dict[str, nn.Module], targets: list[str]) -> list[str]:
-    """The module names that PEFT's rule picks: equal to a target, or ending with "." + target."""
+def _matching(names: dict[str, nn.Module], targets: list[str] | str) -> list[str]:
+    """The module names that PEFT's rule picks: equal to a target, or ending with "." + target; or by an expression."""
+    if isinstance(targets, str):
+        return [name for name in names if re.fullmatch(targets, name)]
     return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
-def _check_names(model: PreTrainedModel, settings: LoraSettings) -> list[str]:
-    if settings.init_lora_weights not in INITIALISATIONS:
+def _check_names(model: PreTrainedModel, settings: LoraSettings) -> list[str] | str:
+    if settings.may_change_base:
+        _check_start(model, settings.init_lora_weights)
+    elif settings.init_lora_weights not in INITIALISATIONS:
         raise ModelError(
             f"init_lora_weights is {settings.init_lora_weights!r}; expected one of true, false, gaussian, orthogonal. "
             "Others change the base model's weights, and the adapter would be wrong on the base model it names."
@@ -152,11 +165,13 @@ def _check_names(model: PreTrainedModel, settings: LoraSettings) -> list[str]:
     candidates = find_linear_targets(model)
     if not candidates:
         raise ModelError(f"{type(model).__name__} has no linear layers to put LoRA on.")
-    targets = candidates if settings.target_modules == "all-linear" else list(settings.target_modules)
-    for target in targets:
-        if not _matching(modules, [target]):
+    wanted = settings.target_modules
+    targets = candidates if wanted == "all-linear" else wanted if isinstance(wanted, str) else list(wanted)
+    for target in [targets] if isinstance(targets, str) else [[name] for name in targets]:
+        if not _matching(modules, target):
+            name = target if isinstance(target, str) else target[0]
             raise ModelError(
-                f"lora_target_modules names {target!r}, which {type(model).__name__} does not have; its linear layers: "
+                f"lora_target_modules names {name!r}, which {type(model).__name__} does not have; its linear layers: "
                 f"{', '.join(candidates[:20])}."
             )
     packed = dict(four_bit_layers(model))
@@ -171,6 +186,16 @@ def _check_names(model: PreTrainedModel, settings: LoraSettings) -> list[str]:
                 f"modules_to_save names {name!r}, which is in 4 bits and cannot be trained whole: use lora."
             )
     return targets
+
+
+def _check_start(model: nn.Module, start: InitLora) -> None:
+    quantised = ("Linear4bit", "Linear8bitLt")
+    if changes_base(start) and any(type(module).__name__ in quantised for module in model.modules()):
+        raise ModelError(
+            f"init_lora_weights is {start!r}, which takes its start out of the base weights; these are quantised, and "
+            "what they are rounded to would not be what the adapter was made for. Load the model without quantisation "
+            "(load_in_4bit=False), or use init_lora_weights=True."
+        )
 
 
 def _warn_of_fused_experts(model: nn.Module) -> None:

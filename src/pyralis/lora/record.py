@@ -53,11 +53,15 @@ def write_record(adapter: Path, record: TrainingRecord) -> None:
     write_text(adapter / ADAPTER_RECORD, json.dumps(content, indent=2) + "\n")
 
 
+def has_record(adapter: Path) -> bool:
+    """Whether anything is recorded, so that what the record does not say was not so."""
+    return any((_folder(adapter) / name).is_file() for name in RECORDS)
+
+
 def read_record(adapter: Path) -> TrainingRecord:
     """The record of the run that made an adapter, for `checkpoint-N` that of the folder around it; an adapter of
     another program counts as trained unquantised."""
-    adapter = adapter.resolve()
-    folder = adapter.parent if _CHECKPOINT.match(adapter.name) else adapter
+    folder = _folder(adapter)
     values: dict[str, Any] = {}
     for name in reversed(RECORDS):
         if (folder / name).is_file():
@@ -74,3 +78,8 @@ def read_record(adapter: Path) -> TrainingRecord:
         rope_scaled_to=values.get("rope_scaled_to"),
         rope_scaling=values.get("rope_scaling"),
     )
+
+
+def _folder(adapter: Path) -> Path:
+    adapter = adapter.resolve()
+    return adapter.parent if _CHECKPOINT.match(adapter.name) else adapter

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 
 def settle_generation(model: PreTrainedModel, stop_ids: Sequence[int], pad_token_id: int | None) -> None:
-    """Put the stop tokens (none: the model's own stay) and a padding token where `generate` looks for them.
+    """Put the stop tokens (none: the model's own stay) and a padding token where `generate` looks for them."""
+    if model.generation_config is not None:
+        settle(model.generation_config, stop_ids, pad_token_id)
+
+
+def settle(generation: GenerationConfig, stop_ids: Sequence[int], pad_token_id: int | None) -> None:
+    """The same in a generation config, which can be saved afterwards.
 
     Many published configs hold sampling values without `do_sample`, which transformers reads but refuses to save: they
     mean to sample.
     """
-    generation = model.generation_config
-    if generation is None:
-        return
     if stop_ids:
         generation.eos_token_id = list(stop_ids)
     if generation.pad_token_id is None:

@@ -1,0 +1,72 @@
+"""A model put into training or inference, and what `use_gradient_checkpointing` means."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pyralis.api.notice import notice
+from pyralis.api.origin import Checkpointing, base_of, origin_of, set_origin
+from pyralis.compat import switch_checkpointing
+from pyralis.errors import ModelError
+from pyralis.models.checkpointing import choose_save_policy
+from pyralis.models.policy import SavePolicy
+from pyralis.models.surgery import decoder_layers
+
+# What a fast layer keeps for its backward (docs/fused-layer.md). A layer that runs stock is checkpointed by
+# transformers wherever that is not "keep".
+POLICIES: dict[Checkpointing, SavePolicy] = {
+    "unsloth": "offload_input",
+    "auto": "keep",
+    True: "recompute_layer",
+    False: "keep",
+}
+
+
+def set_checkpointing(model: Any, choice: Checkpointing) -> None:
+    """Follow `choice` in training from now on, whatever a trainer's own switch says later.
+
+    Raises:
+        ModelError: none of True, False, "unsloth" and "auto".
+    """
+    policy = POLICIES.get(choice)
+    if policy is None:
+        raise ModelError(f'use_gradient_checkpointing is {choice!r}; expected True, False, "unsloth" or "auto".')
+    base = base_of(model)
+    choose_save_policy(decoder_layers(base), policy)
+    set_origin(model, replace(origin_of(model), checkpointing=choice))
+    if not base.supports_gradient_checkpointing:
+        if policy != "keep":
+            notice(f"use_gradient_checkpointing has no effect: {type(base).__name__} does not support it")
+        return
+    # The switch hooks the embedding so that reentrant checkpoints see a gradient, and hooks it anew each time. Without
+    # reentrance there is no need, and the hook could not be pickled.
+    base.disable_input_require_grads()
+    switch_checkpointing(base, policy != "keep")
+    base.disable_input_require_grads()
+
+
+def for_training(model: Any, use_gradient_checkpointing: Checkpointing | None = None) -> Any:
+    """Put `model` into training: dropout on, layers recomputed as asked for, padding on the right. Returns it.
+
+    use_gradient_checkpointing: None is what was asked for last.
+    """
+    origin = origin_of(model)
+    set_checkpointing(model, origin.checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing)
+    model.train()
+    if origin.tokenizer is not None:
+        origin.tokenizer.padding_side = "right"
+    return model
+
+
+def for_inference(model: Any) -> Any:
+    """Put `model` into inference: no dropout, a KV cache, padding on the left as batched `generate` needs it.
+
+    Returns it. `generate` works in training mode too, where dropout is on.
+    """
+    model.eval()
+    base_of(model).config.use_cache = True
+    tokenizer = origin_of(model).tokenizer
+    if tokenizer is not None:
+        tokenizer.padding_side = "left"
+    return model
