@@ -31,6 +31,7 @@ class LeanTrainer(Trainer):
     - Gradients are clipped and cleared without walking through the modules' methods.
     - AdamW is one launch a step where that is the same arithmetic (`flat_optimizer`), its clipping included.
     - Batches are copied to a GPU without waiting where they are in pinned memory.
+    - TRL's telemetry is off.
     """
 
     _filters_losses = False
@@ -39,6 +40,9 @@ class LeanTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.embedding_learning_rate: float | None = getattr(self.args, "embedding_learning_rate", None)
+
+    def _send_telemetry(self) -> None:
+        """Of TRL's trainers: nothing is sent."""
 
     def create_accelerator_and_postprocess(self) -> None:
         if self.args.dataloader_pin_memory and self.args.device.type == "cuda":

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from pyralis.errors import ConfigError
+from pyralis.train.device_fit import fit_to_device
 from pyralis.train.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class TrainerCall:
 def todays_call(
     trainer: type, config: type[TrainingArguments], args: TrainingArguments | None, given: Mapping[str, Any]
 ) -> TrainerCall:
-    """Translate a call of a trainer.
+    """Translate a call of a trainer, and fit it to the device.
 
     Args:
         trainer: TRL's class, whose signature says what it takes.
@@ -103,7 +104,7 @@ def todays_call(
         setattr(made, field, value)
     if type(args) is TrainingArguments and "max_length" in fields and "max_length" not in settings:
         more += (f"max_length is {made.max_length}, TRL's default, since TrainingArguments has none",)
-    return TrainerCall(made, arguments, (*more, *notes))
+    return TrainerCall(made, arguments, (*more, *notes, *fit_to_device(made)))
 
 
 def _config(config: type[TrainingArguments], args: TrainingArguments | None) -> tuple[Any, tuple[str, ...]]:
