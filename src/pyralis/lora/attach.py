@@ -88,21 +88,21 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, *, adapter: Path
         targets = _check_names(model, settings)
         _warn_of_fused_experts(model)
         modules = dict(model.named_modules())
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float is as good
-            lora_dropout=settings.dropout,
-            target_modules=targets,
-            bias=settings.bias,
-            use_rslora=settings.use_rslora,
-            use_dora=settings.use_dora,
-            init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]
-            modules_to_save=list(settings.modules_to_save) or None,
-            fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in _matching(modules, targets)),
-            **settings.more,
-        )
         try:
+            config = LoraConfig(
+                task_type="CAUSAL_LM",
+                r=settings.rank,
+                lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float is as good
+                lora_dropout=settings.dropout,
+                target_modules=targets,
+                bias=settings.bias,
+                use_rslora=settings.use_rslora,
+                use_dora=settings.use_dora,
+                init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]
+                modules_to_save=list(settings.modules_to_save) or None,
+                fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in _matching(modules, targets)),
+                **settings.more,
+            )
             tuned = get_peft_model(model, config)  # type: ignore[assignment]
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ModelError(f"LoRA cannot be put on this model: {error}") from error
