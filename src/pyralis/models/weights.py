@@ -19,6 +19,7 @@ from pyralis.errors import ModelError
 from pyralis.models.adapters import LinearState, compute_dtype, glance, read_linear
 from pyralis.models.arena import Base, DenseBase
 from pyralis.models.group_state import GroupState, LayoutOptions, add_biases, build_group, fixed_copies
+from pyralis.models.residency import is_resident
 from pyralis.models.spec import LayerSpec, NormSpec
 from pyralis.models.workspace import CastBase, FourBitBase, Workspace, WorkspaceBase
 
@@ -82,6 +83,7 @@ class LayerWeights:
         self._states: dict[Hashable, LayerState] = {}
         self._state: LayerState | None = None
         self._homes: dict[str, tuple[nn.Module, str]] = {}
+        self._resident = self.options.resident
         self._seen: tuple[list[Any], LayerState] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,7 +168,7 @@ class LayerWeights:
 
     def _glance(self, autocast: torch.dtype | None) -> list[Any]:
         """Equal for as long as `_read` would find the same."""
-        found: list[Any] = [autocast]
+        found: list[Any] = [autocast, is_resident(self.layer)]
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters have one, which takes a microsecond
             for projection in self.spec.projections:
                 found += glance(self._module(projection.path))
@@ -177,6 +179,7 @@ class LayerWeights:
     def _read(self, autocast: torch.dtype | None) -> LayerState:
         """The state of the modules as they are, laid out anew if it was not before."""
         self._seen = None
+        self._follow_residency()
         linears = [read_linear(self._module(p.path), p) for p in self.spec.projections]
         norms = {norm.path: self._norm(norm) for norm in self.spec.norms}
         key = self._key(linears, norms, autocast)
@@ -229,4 +232,12 @@ class LayerWeights:
         kind: type[WorkspaceBase] = FourBitBase if linear.four_bit else CastBase
         if not linear.four_bit and linear.base.weight.dtype == dtype:
             return self._bases.setdefault(DenseBase, DenseBase())
-        return self._bases.setdefault(kind, kind(self.workspace, self.options.resident))
+        return self._bases.setdefault(kind, kind(self.workspace, self._resident))
+
+    def _follow_residency(self) -> None:
+        """Workspaces of the other kind are given up."""
+        resident = self.options.resident or is_resident(self.layer)
+        if resident != self._resident:
+            self._resident = resident
+            self._states = {k: state for k, state in self._states.items() if isinstance(state.base, DenseBase)}
+            self._bases = {kind: base for kind, base in self._bases.items() if kind is DenseBase}
