@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from pyralis.errors import ConfigError
 
 _LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -52,3 +55,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "tinyllama": _decoder("llama", 2048, 5632, 22, 32, 4, 32000, 1e4, 2048, rms_norm_eps=1e-5),
     "tiny": _decoder("llama", 128, 256, 2, 4, 2, 512, 1e4, 512),  # for trying the benchmark itself
 }  # fmt: skip
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder that `name` is; None for one of `MODELS`. Raises ConfigError for neither."""
+    if name in MODELS:
+        return None
+    folder = Path(name).expanduser().resolve()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--model {name!r} is neither one of {', '.join(MODELS)} nor a folder with a config.json")
+    return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pyralis.bench.train.peers import KBIT
 from pyralis.bench.train.results import Run
 
 REFERENCES = ("hf", "hf-trl")
@@ -16,15 +17,18 @@ SHARE = 0.05
 
 
 def reference_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Hugging Face's run of the same loop and shape, rather as loaded than with float32 parts."""
+    """Hugging Face's run at the same shape: rather of the same loop, and as loaded than with float32 parts."""
+
+    def preference(other: Run) -> tuple[int, bool, bool]:
+        case = other.case
+        return REFERENCES.index(case.peer), case.loop != run.case.loop, KBIT in case.variant
+
     alike = [
         other
         for other in runs
-        if other.measured is not None
-        and other.case.peer in REFERENCES
-        and (other.case.loop, other.case.shape) == (run.case.loop, run.case.shape)
+        if other.measured is not None and other.case.peer in REFERENCES and other.case.shape == run.case.shape
     ]
-    return min(alike, key=lambda other: (REFERENCES.index(other.case.peer), "+" in other.case.variant), default=None)
+    return min(alike, key=preference, default=None)
 
 
 def excess(losses: Sequence[float], expected: Sequence[float]) -> float:

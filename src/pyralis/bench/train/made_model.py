@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from pyralis.bench.train.architectures import MODELS
+from pyralis.bench.train.architectures import MODELS, model_folder
 from pyralis.bench.train.settings import MadeModel, Mode, ModelFacts
 from pyralis.errors import ConfigError
 from pyralis.lora.attach import find_linear_targets
@@ -33,14 +33,11 @@ def made_model(name: str, mode: Mode, rank: int, work_dir: Path) -> MadeModel:
         ConfigError: neither a name in `MODELS` nor a folder with a config.json; `full` with a quantised one.
     """
     device, dtype = compute_in()
-    if name in MODELS:
+    folder = model_folder(name)
+    if folder is None:
         folder = work_dir / f"{name}-{'nf4' if mode == 'qlora' else 'plain'}-{str(dtype).removeprefix('torch.')}"
         if not (folder / "config.json").is_file():
             make_model(name, folder, quantize=mode == "qlora", device=device, dtype=dtype)
-    else:
-        folder = Path(name).expanduser().resolve()
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"--model {name!r} is neither one of {', '.join(MODELS)} nor a folder with a config.json")
     config = AutoConfig.from_pretrained(folder)
     quantized = getattr(config, "quantization_config", None) is not None
     if quantized and mode == "full":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from pyralis.bench.train.architectures import model_folder
 from pyralis.bench.train.peers import PEERS
 from pyralis.bench.train.prepare import PREPARED
 from pyralis.bench.train.results import RUN_OR_LOADED, Record, Run
@@ -38,6 +39,7 @@ def measure(
         ConfigError: a model that cannot be made.
         PyralisError: making it failed; the message names the log.
     """
+    model_folder(bench.model)
     deadline = None if time_limit is None else time.time() + time_limit - LAST_SECONDS
     for folder in (work_dir, work_dir / "logs"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ from typing import Literal
 
 PYRALIS = "pyralis"
 KBIT = "+kbit"
+GRAPH, RESIDENT = "+graph", "+resident"
+_POLICIES = ("keep", "recompute_cheap", "recompute_layer", "offload_input")
 _HF = ("False", "True", f"False{KBIT}", f"True{KBIT}")
 
 
@@ -19,7 +21,8 @@ class PeerInfo:
         package: what has to be installed.
         variants: of gradient checkpointing, those last that change the model or the process for good; `+kbit` is
             the model after PEFT's `prepare_model_for_kbit_training`, which most guides call and TRL does not:
-            embeddings, norms and head, and so the residual stream, in float32.
+            embeddings, norms and head, and so the residual stream, in float32. `+graph`: steps replayed from CUDA
+            graphs; `+resident`: dequantised weights are kept.
         loops: the loops that there are for it.
         warmup: steps beyond the usual ones before it is timed, since it compiles.
     """
@@ -38,8 +41,9 @@ class PeerInfo:
 
 PEERS = {
     PYRALIS: PeerInfo(
-        "ours:Pyralis", "pyralis", ("keep", "recompute_cheap", "recompute_layer", "offload_input"),
-        ("keep", "offload_input"),
+        "ours:Pyralis", "pyralis",
+        tuple(f"{policy}{how}" for policy in _POLICIES for how in ("", GRAPH, RESIDENT, f"{RESIDENT}{GRAPH}")),
+        ("keep", f"keep{GRAPH}", "offload_input"), warmup=1,
     ),
     "hf": PeerInfo("hugging_face:HuggingFace", "transformers", _HF, ("False", "True", f"True{KBIT}")),
     "hf-compile": PeerInfo("hugging_face:Compiled", "transformers", _HF, ("False", "True"), warmup=2),

@@ -9,8 +9,10 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments, default_data_collator
 
+from pyralis.bench.train.clock import Measured
 from pyralis.bench.train.peers import KBIT
 from pyralis.bench.train.peers.base import Peer
+from pyralis.bench.train.settings import Loop, Shape
 from pyralis.compat import checkpointing_argument
 
 
@@ -27,6 +29,7 @@ class HuggingFace(Peer):
             model = self.with_adapter(self.pretrained(), checkpointed)
         else:
             model = self.model
+        model.config.use_cache = False  # as Trainer and every guide have it: training would fill a cache
         self.checkpoint(model, checkpointed)
         return model.train()
 
@@ -82,9 +85,9 @@ class HuggingFace(Peer):
 class Compiled(HuggingFace):
     """`torch.compile` of the model, every shape for itself, as its first use compiles it."""
 
-    def run(self, *args: Any) -> Any:
+    def run(self, variant: str, loop: Loop, shape: Shape, warmup: int) -> Measured:
         torch.compiler.reset()
-        return super().run(*args)
+        return super().run(variant, loop, shape, warmup)
 
     def prepare(self, variant: str) -> nn.Module:
         model: Any = super().prepare(variant)

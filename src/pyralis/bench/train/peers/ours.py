@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from pyralis.bench.train.peers import GRAPH, RESIDENT
 from pyralis.bench.train.peers.base import Peer
 from pyralis.data.collate import Collator
 from pyralis.engine.flat_parameters import flatten_parameters
 from pyralis.engine.optimizer import FlatAdamW
+from pyralis.engine.step_graphs import use_step_graphs
 from pyralis.lora.attach import LoraSettings, attach_lora
 from pyralis.models.causal_lm import causal_lm_loss
 from pyralis.models.checkpointing import choose_save_policy
 from pyralis.models.load import ModelSettings, load_model
+from pyralis.models.residency import keep_matrices
 from pyralis.models.surgery import accelerate, decoder_layers
 from pyralis.train.trainer import PyralisTrainer
 
@@ -24,11 +27,15 @@ from pyralis.train.trainer import PyralisTrainer
 class Pyralis(Peer):
     def prepare(self, variant: str) -> nn.Module:
         model = self.model if self.model is not None else self._loaded()
-        if variant == "keep":
+        policy, *extras = variant.split("+")
+        layers = decoder_layers(model)
+        if policy == "keep":
             model.gradient_checkpointing_disable()
         else:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            choose_save_policy(decoder_layers(model), variant)  # type: ignore[arg-type]  # one of POLICIES
+            choose_save_policy(layers, policy)  # type: ignore[arg-type]  # one of POLICIES
+        keep_matrices(layers, RESIDENT[1:] in extras)
+        use_step_graphs(model, "auto" if GRAPH[1:] in extras else "off")
         return model.train()
 
     def _loaded(self) -> Any:
