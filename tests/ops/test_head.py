@@ -7,15 +7,39 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyralis.ops._head import HeadChunks, SupervisedRows, bucket, scaled_rows
+from pyralis.ops._head import CPU_CHUNK_BYTES, HeadChunks, SupervisedRows, bucket, scale_in_place, scaled_rows
 from pyralis.ops._loss import IGNORE_INDEX
-from tests.ops.harness import random
+from tests.ops.harness import guarded, random
 
 
 def test_chunks_at_real_sizes() -> None:
     assert HeadChunks.of(4096, 128256, 2, 512 << 20) == HeadChunks(4096, 2048, 128256)
     assert HeadChunks.of(4100, 128256, 2, 512 << 20) == HeadChunks(4100, 1408, 128256)
     assert HeadChunks.of(300, 32003, 2, 512 << 20) == HeadChunks(300, 300, 32064)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "trained", "step"),
+    [
+        (4096, torch.bfloat16, False, 2048),
+        (8192, torch.bfloat16, True, 8192),  # the logits take what a float32 gradient would have taken on top
+        (8320, torch.bfloat16, True, 2816),
+        (8192, torch.float16, True, 4096),  # the gradient is float32 in any case
+        (4096, torch.float32, True, 4096),
+        (8192, torch.float32, True, 4096),
+    ],
+)
+def test_a_trained_head_takes_larger_chunks(rows: int, dtype: torch.dtype, trained: bool, step: int) -> None:
+    hidden, weight = (torch.empty(n, 4096, dtype=dtype, device="meta") for n in (rows, 128256))
+    assert HeadChunks.for_head(hidden, weight, None, trained=trained).step == step
+    assert HeadChunks.for_head(hidden, weight, 256 << 20, trained=trained).step * 128256 * dtype.itemsize <= 256 << 20
+
+
+def test_chunks_on_a_cpu() -> None:
+    hidden, weight = torch.empty(4096, 8), torch.empty(32000, 8)
+    for trained in (False, True):
+        chunks = HeadChunks.for_head(hidden, weight, None, trained=trained)
+        assert chunks == HeadChunks.of(4096, 32000, 4, CPU_CHUNK_BYTES)
 
 
 @given(
@@ -73,3 +97,21 @@ def test_scaled_rows(device: torch.device, N: int, dtype: torch.dtype) -> None:
     assert scaled_rows(x, None, dtype) is x
     rounded = scaled_rows(x, torch.tensor(1 / 3, device=device), dtype)
     torch.testing.assert_close(rounded.double(), x.double() / 3, rtol=0.6 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 24), (5, 4097)])
+def test_scale_in_place(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = random(*shape, dtype=dtype, device=device, seed=0)
+    for stride in (shape[1], shape[1] + 8):  # rows that lie apart go without the kernel
+        buffer = guarded(*shape, dtype=dtype, device=device, stride=stride)
+        buffer.view.copy_(x)
+        scale_in_place(buffer.view, torch.ones((), device=device))
+        assert torch.equal(buffer.view, x)
+        scale_in_place(buffer.view, torch.tensor(1 / 3, device=device))
+        buffer.check()
+        torch.testing.assert_close(
+            buffer.view.double(), x.double() * float(torch.tensor(1 / 3)), rtol=0.6 * torch.finfo(dtype).eps, atol=3e-8
+        )
+    scale_in_place(x, torch.tensor(float("nan"), device=device))
+    assert x.isnan().all()

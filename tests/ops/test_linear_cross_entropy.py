@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pyralis.errors import PyralisError
 from pyralis.ops._loss import IGNORE_INDEX, PLAIN, LossSettings
 from pyralis.ops._triton import at_least_float32, kernels_on_cpu
 from pyralis.ops.linear_cross_entropy import (
@@ -224,6 +225,30 @@ def test_backward_twice(device: torch.device) -> None:
     loss = ours(labels, PLAIN)(leaf, weight)
     first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_a_trained_heads_gradient_is_handed_out_once(device: torch.device) -> None:
+    hidden, weight, _, labels = inputs(9, 16, 40, torch.bfloat16, device, 0)
+    leaf = weight.requires_grad_()
+    loss = ours(labels, PLAIN)(hidden, leaf)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    kept = first.clone()
+    with pytest.raises(PyralisError, match="second backward"):
+        torch.autograd.grad(loss, leaf)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("upstream", [1.0, 0.3])
+def test_one_chunk_and_many_agree(device: torch.device, upstream: float, dtype: torch.dtype) -> None:
+    """A weight's gradient in its own dtype, scaled in place, against float32 sums over chunks."""
+    hidden, weight, _, labels = inputs(9, 16, 70, dtype, device, 0)
+    grad = (torch.tensor(upstream, device=device),)
+    (whole,) = oracle_gradients(lambda w: ours(labels, PLAIN)(hidden, w), (weight,), grad)[1]
+    (summed,) = oracle_gradients(lambda w: ours(labels, PLAIN, chunk_bytes=600)(hidden, w), (weight,), grad)[1]
+    assert whole.dtype == summed.dtype == dtype
+    tolerance = 2 * torch.finfo(dtype).eps  # rounded once, and once more when it is scaled
+    torch.testing.assert_close(whole, summed, rtol=tolerance, atol=tolerance * float(summed.abs().max()))
 
 
 def test_under_autocast_the_dtype_is_that_of_the_inputs(device: torch.device) -> None:

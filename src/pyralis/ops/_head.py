@@ -16,6 +16,7 @@ from pyralis.ops._loss import IGNORE_INDEX
 from pyralis.ops._triton import (
     at_least_float32,
     cdiv,
+    gpu_of,
     launch,
     next_power_of_2,
     store_as,
@@ -53,10 +54,27 @@ class HeadChunks:
             yield slice(start, min(start + self.step, self.rows))
 
     @classmethod
-    def for_head(cls, hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> HeadChunks:
-        if chunk_bytes is None:
-            chunk_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
-        return cls.of(len(hidden), len(weight), hidden.element_size(), chunk_bytes)
+    def for_head(cls, hidden: Tensor, weight: Tensor, chunk_bytes: int | None, *, trained: bool = False) -> HeadChunks:
+        """chunk_bytes None: what pays. trained: the weight's gradient is wanted.
+
+        Every chunk but the first reads and writes the whole of a trained weight's float32 gradient. So chunks are as
+        large as the weight itself, and all rows are one chunk where their logits need no more memory than the float32
+        gradient, which one chunk saves, would have needed on top of that.
+        """
+        size, rows, vocab = hidden.element_size(), len(hidden), len(weight)
+        if chunk_bytes is None and hidden.device.type == "cpu":
+            chunk_bytes = CPU_CHUNK_BYTES
+        elif chunk_bytes is None:
+            chunk_bytes = max(GPU_CHUNK_BYTES, weight.nbytes if trained else 0)
+            saved = weight.numel() * (4 - size) if trained and gives_whole(weight.dtype) else 0
+            if (whole := cls.of(rows, vocab, size, chunk_bytes + saved)).step >= rows:
+                return whole
+        return cls.of(rows, vocab, size, chunk_bytes)
+
+
+def gives_whole(dtype: torch.dtype) -> bool:
+    """Whether one chunk may give the weight's gradient in its own dtype; float16 would flush or overflow."""
+    return dtype != torch.float16
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
@@ -106,7 +124,7 @@ class HeadGradients:
         The weight's gradient is float32, except where one chunk gives all of it at once in bf16 or float32.
         """
         wide = at_least_float32(weight.dtype)
-        whole = chunks.step >= chunks.rows and weight.dtype != torch.float16
+        whole = chunks.step >= chunks.rows and gives_whole(weight.dtype)
         dhidden = hidden if in_place else torch.empty_like(hidden, memory_format=torch.contiguous_format)
         return cls(
             dhidden if needs[0] else None,
@@ -183,6 +201,26 @@ def scaled_rows(x: Tensor, factor: Tensor | None, dtype: torch.dtype, place: Ten
     if place is not None:
         x = torch.cat([x, x.new_zeros(1, N)]).index_select(0, place)
     return out.copy_(x if factor is None else x.to(at_least_float32(x.dtype)) * factor)
+
+
+def scale_in_place(x: Tensor, factor: Tensor) -> None:
+    """x *= factor ([] float32), rounded once; x is left alone, not even read, where the factor is 1."""
+    if unsupported_tensors(x, factor) is None and x.is_contiguous():
+        block = 4096
+        programs = min(cdiv(x.numel(), block), 8 * gpu_of(x.device).sm_count)
+        launch(_scale_kernel, (programs,), x, factor, x.numel(), device=x.device, num_warps=8, BLOCK=block)
+    else:
+        x.copy_(x.to(at_least_float32(x.dtype)) * factor)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+    f = tl.load(factor)
+    if f != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
+            at = start + tl.arange(0, BLOCK)
+            store_as(x + at, tl.load(x + at, mask=at < n, other=0.0).to(tl.float32) * f, at < n)
 
 
 @triton.jit(do_not_specialize=["T", "R"])

@@ -10,11 +10,10 @@ so is dlogits; all between is float32.
 Rows labelled -100 are left out before the head when the caller tells how many are not (`supervised_rows`, which a
 collator counts on the CPU): which rows they are is found on the device, at a shape known beforehand.
 
-Powers of two: dlogits is about 1 / num_items, which flushes in float16 (below 6e-8), while the loss scale that would
-prevent it arrives only in the backward. So dlogits is multiplied by num_items rounded up to a power of two, and by 256
-in float16; dhidden, dweight and dbias carry that factor (`unscale` undoes it, exactly) until the backward multiplies by
-it and by the upstream gradient in float32. In float16 this holds |dhidden| < 65504 for |weight| < 64; a probability of
-1e-7 keeps three digits.
+In float16 dlogits is about 1 / num_items, which flushes (below 6e-8), while the loss scale that would prevent it comes
+only in the backward. There it is multiplied by num_items rounded up to a power of two, and by 256; dhidden, dweight and
+dbias carry that factor (`unscale` undoes it, exactly) until the backward multiplies by it and by the upstream gradient
+in float32. This holds |dhidden| < 65504 for |weight| < 64; a probability of 1e-7 keeps three digits.
 
 Shapes: T rows (tokens), R rows that reach the head, H features, V vocabulary. The equations of the loss are in
 `cross_entropy.py`.
@@ -27,8 +26,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyralis.errors import PyralisError
 from pyralis.ops import cross_entropy
-from pyralis.ops._head import HeadChunks, HeadGradients, SupervisedRows, check_head, logit_chunks, scaled_rows
+from pyralis.ops._head import (
+    HeadChunks,
+    HeadGradients,
+    SupervisedRows,
+    check_head,
+    logit_chunks,
+    scale_in_place,
+    scaled_rows,
+)
 from pyralis.ops._loss import PLAIN, LossSettings, item_count, mean_loss
 from pyralis.ops._triton import at_least_float32
 from pyralis.ops.cross_entropy import cross_entropy_forward, cross_entropy_in_place
@@ -40,7 +48,7 @@ class LinearCrossEntropy(NamedTuple):
     """The forward's result. The gradients are those of the loss divided by `unscale`."""
 
     loss: Tensor  # [] float32
-    unscale: Tensor  # [] float32, a power of two
+    unscale: Tensor  # [] float32: 1, in float16 a power of two
     dhidden: Tensor | None  # [R, H] in hidden's dtype
     dweight: Tensor | None  # [V, H] float32, or in the weight's dtype when a single chunk gave it
     dbias: Tensor | None  # [V] float32
@@ -88,10 +96,11 @@ def linear_cross_entropy_forward(
     if rows is not None:
         items = items + rows.poison
         hidden, labels = hidden.index_select(0, rows.index), rows.labels
-    headroom = FLOAT16_HEADROOM if hidden.dtype == torch.float16 else 1.0
-    mantissa, _ = torch.frexp(items)  # items = mantissa * 2^e: all that is done with it is exact
-    scale, unscale = headroom / mantissa, mantissa / (items * headroom)
-    chunks = HeadChunks.for_head(hidden, weight, chunk_bytes)
+    scale, unscale = 1 / items, torch.ones_like(items)
+    if hidden.dtype == torch.float16:
+        mantissa, _ = torch.frexp(items)  # items = mantissa * 2^e: all that is done with it is exact
+        scale, unscale = FLOAT16_HEADROOM / mantissa, mantissa / (items * FLOAT16_HEADROOM)
+    chunks = HeadChunks.for_head(hidden, weight, chunk_bytes, trained=needs[1])
     gradients = HeadGradients.empty(chunks, hidden, weight, bias, needs, in_place=rows is not None)
     losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
     for part, logits in logit_chunks(chunks, hidden, weight, bias):
@@ -111,11 +120,19 @@ def linear_cross_entropy_forward(
 def linear_cross_entropy_backward(
     forward: LinearCrossEntropy, grad: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dhidden [T, H], dweight [V, H], dbias [V]) in `dtype`, newly allocated. grad: [], the loss's gradient."""
+    """(dhidden [T, H], dweight [V, H], dbias [V]) in `dtype`. grad: [], the loss's gradient.
+
+    A dweight that has this dtype already is scaled where it lies, and costs nothing where grad is 1: call this once.
+    """
     factor = grad * forward.unscale
+    dweight = forward.dweight
+    if dweight is not None and dweight.dtype == dtype:
+        scale_in_place(dweight, factor)
+    elif dweight is not None:
+        dweight = scaled_rows(dweight, factor, dtype)
     return (
         None if forward.dhidden is None else scaled_rows(forward.dhidden, factor, dtype, forward.place),
-        None if forward.dweight is None else scaled_rows(forward.dweight, factor, dtype),
+        dweight,
         None if forward.dbias is None else (forward.dbias * factor).to(dtype),
     )
 
@@ -133,11 +150,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             needs=needs[:3],
         )  # fmt: skip
         ctx.save_for_backward(*result)
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        ctx.shape, ctx.dtype, ctx.spent = hidden.shape, hidden.dtype, False
         return result.loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise PyralisError(
+                "a second backward through linear_cross_entropy: the first one has handed out the memory of the "
+                "trained head's gradient. Compute the loss again"
+            )
+        ctx.spent = ctx.needs_input_grad[1]
         result = LinearCrossEntropy(*ctx.saved_tensors)
         dhidden, dweight, dbias = linear_cross_entropy_backward(result, grad, ctx.dtype)
         return None if dhidden is None else dhidden.view(ctx.shape), dweight, dbias, *[None] * 6
@@ -159,7 +182,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The loss as a float32 scalar, differentiable in hidden, weight and bias (those that require a gradient).
 
-    Under `torch.no_grad()` only the loss is computed: one GEMM and one pass.
+    Under `torch.no_grad()` only the loss is computed: one GEMM and one pass. With a weight that is trained one backward
+    only: its gradient is handed out, not copied.
 
     Args:
         hidden: [..., H], of the weight's dtype.
@@ -171,11 +195,13 @@ def linear_cross_entropy(
         supervised_rows: how many labels are not -100, as the CPU knows it. The head then runs on that many rows,
             rounded up (`bucket`). Told too small, loss and gradients are NaN; None runs all rows.
         softcap, logit_scale, label_smoothing, z_loss: see `LossSettings`.
-        chunk_bytes: most bytes of logits at a time; by default 512 MiB on a GPU, 64 MiB on a CPU.
+        chunk_bytes: most bytes of logits at a time; by default 512 MiB on a GPU (more with a trained weight: see
+            `HeadChunks.for_head`), 64 MiB on a CPU.
 
     Raises:
         ConfigError: a setting out of its range.
         ValueError: shapes or dtypes that do not fit.
+        PyralisError: a second backward with a trained weight.
     """
     settings = LossSettings(softcap, logit_scale, label_smoothing, z_loss)
     training = torch.is_grad_enabled()  # inside `forward` it never is

@@ -91,7 +91,7 @@ def token_logprobs_backward(
         largest = largest + (largest == 0)
         power = FLOAT16_HEADROOM * torch.frexp(largest)[0] / largest
         scale, factor = scale * power, 1 / power
-    chunks = HeadChunks.for_head(hidden, weight, chunk_bytes)
+    chunks = HeadChunks.for_head(hidden, weight, chunk_bytes, trained=needs[1])
     gradients = HeadGradients.empty(chunks, hidden, weight, bias, needs, in_place=rows is not None)
     for part, logits in logit_chunks(chunks, hidden, weight, bias):
         cross_entropy_backward(logits, labels[part], stats.rows(part), scale[part], settings, out=logits)
