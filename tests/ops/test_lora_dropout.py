@@ -133,7 +133,8 @@ def test_deterministic(device: torch.device) -> None:
 )
 def test_any_shape_and_launch(T: int, K: int, rank: int, count: int, together: int, tile: Tile, add_dx: bool) -> None:
     """The kernels with `tl.dot` against cuBLAS's way, on the CPU; also four projections, more than a program serves."""
-    plan = replace(DotLaunch.of(rank), together=together, project=tile, grad=tile)
+    tile = replace(tile, resident=(16,) * together)
+    plan = replace(DotLaunch.of(rank), project=tile, grad=tile)
     run, rng = make_run(K, rank, count, dropout=0.4), new_rng(T, CPU)
     x, A, t, before = inputs(run, T, K, torch.float16, CPU, K)
     results = []

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyralis.ops._triton import Gpu, kernels_on_cpu, recording
-from pyralis.ops.nf4_layer import LayerPlan, Placement, dequantize_layer, supported
+from pyralis.ops.nf4_layer import dequantize_layer, supported
+from pyralis.ops.nf4_plan import Copy, LayerPlan, Placement
 from pyralis.ops.nf4_state import reference
 from tests.ops.harness import assert_deterministic, interpreted, random
 from tests.ops.test_nf4 import CPU, DTYPES, matrix, on_meta, same
@@ -82,6 +83,35 @@ def test_odd_layer(device: torch.device) -> None:
         assert plan.tiles.vector == 1
         dequantize_layer(plan, arena)
         assert same(arena, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies(device: torch.device, dtype: torch.dtype) -> None:
+    """Rows below matrices, longer than a tile and single; rewritten with the wide columns."""
+    plan, arena, expected = build(LAYER, dtype, torch.float32, device)
+    sizes, copies = ((3, 4100, 4104), (1, 7, 7)), []
+    room = sum(rows * stride + GAP for rows, _, stride in sizes)
+    arena, expected = (torch.cat([t, t.new_full((room,), float("nan"))]) for t in (arena, expected))
+    start = plan.extent + GAP
+    for rows, columns, stride in sizes:
+        source = random(rows, columns + 3, dtype=dtype, device=device, seed=columns)[:, :columns]
+        places = [t.as_strided(source.shape, (stride, 1), start) for t in (arena, expected)]
+        places[1].copy_(source)
+        copies.append(Copy(source, places[0]))
+        start += rows * stride
+    moved = [
+        replace(p, out=arena.as_strided(p.out.shape, p.out.stride(), offset))
+        for p, offset in zip(plan.placements, plan.offsets)
+    ]
+    plan = LayerPlan.of(moved, arena, copies)
+    dequantize_layer(plan, arena)
+    assert same(arena, expected)
+    for copy in copies:
+        copy.out.fill_(float("nan"))
+    dequantize_layer(plan, arena, adapters=False)
+    assert all(copy.out.isnan().all() for copy in copies)
+    dequantize_layer(plan, arena, weights=False)
+    assert same(arena, expected)
 
 
 def test_many_tiles(device: torch.device) -> None:

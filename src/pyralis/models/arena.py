@@ -4,7 +4,7 @@ Plain weights: the matrices that share an input (q, k, v; gate, up) lie in one b
 become views of it: state dicts stay stock, nothing is stored twice, what writes into a parameter is seen at once.
 Weights whose values have to be made first, 4-bit ones and those that autocast casts, are in `workspace.py`.
 
-The P last columns hold LoRA's B; `GroupState.wide` says for which group there are any.
+The P last columns hold LoRA's B, and P rows more its A; `GroupState.wide` says for which group there are any.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Base(Protocol):
 
 @dataclass(slots=True, eq=False)
 class StackedWeight:
-    buffer: Tensor  # [N, K + room]
-    owner: GroupState | None = None  # whose B lies in the room
+    buffer: Tensor  # [N + room, K + room]
+    owner: GroupState | None = None  # whose B and A lie in the room
     stale: bool = True
 
 
@@ -63,17 +63,20 @@ class DenseBase:
     def matrices(self, groups: Sequence[GroupState], plan: tuple[StackedWeight, ...]) -> tuple[Tensor, ...]:
         found = []
         for state, stack in zip(groups, plan):
-            if state.wide:
-                columns = stack.buffer[:, state.group.in_features : state.columns]
+            if state.wide and (stack.owner is not state or stack.stale):
+                N, K = state.group.out_features, state.group.in_features
+                columns = stack.buffer[:N, K : state.columns]
                 if stack.owner is not state:
                     stack_B(state.group, state.adapter_B, columns)
-                elif stack.stale:
+                else:
                     for j in state.group.adapted:
                         source = state.adapter_B[j]
                         assert source is not None
                         columns[state.group.rows[j], state.group.columns[j]].copy_(source)
+                assert state.A is not None
+                stack.buffer[N : state.rows, :K].copy_(state.A)
                 stack.owner, stack.stale = state, False
-            found.append(stack.buffer[:, : state.columns])
+            found.append(stack.buffer[: state.rows, : state.columns])
         return tuple(found)
 
     def adapters_changed(self) -> None:
@@ -100,7 +103,7 @@ def _holds(buffer: Tensor, weights: Sequence[nn.Parameter], columns: int) -> boo
 
 
 def _stack(weights: Sequence[nn.Parameter], room: int, before: Tensor | None) -> Tensor:
-    """[N, K + room] with the weights in it, which become views of it. Nothing moves where nothing has to.
+    """[N + room, K + room] with the weights in it, which become views of it. Nothing moves where nothing has to.
 
     before: the stack that some of them may still lie in.
     """
@@ -116,7 +119,8 @@ def _stack(weights: Sequence[nn.Parameter], room: int, before: Tensor | None) ->
             )
     first = weights[0]
     K = first.shape[1]
-    buffer = torch.empty((sum(w.shape[0] for w in weights), K + room), dtype=first.dtype, device=first.device)
+    rows = sum(w.shape[0] for w in weights) + room
+    buffer = torch.empty((rows, K + room), dtype=first.dtype, device=first.device)
     start = 0
     for weight in weights:
         view = buffer[start : start + weight.shape[0], :K]

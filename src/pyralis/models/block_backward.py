@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyralis.models.block_forward import forward_to_product, normed_again, rotated
-from pyralis.models.block_parts import Activations, Context, linear_backward, norm_backward
+from pyralis.models.block_parts import Activations, Context, linear_backward, norm_backward, wide_gradient
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.group_state import GroupState
 from pyralis.models.policy import SavePolicy
@@ -36,7 +36,7 @@ def _mlp_backward(c: Context, a: Activations, flat: FlatGradients, dy: Tensor) -
     """The gradient of the residual stream before the MLP, [T, H]."""
     spec, state = c.spec, c.state
     assert a.gate_up is not None
-    gate, up = split_gate_up(a.gate_up)
+    gate, up = split_gate_up(a.gate_up[:, : state.gate_up.group.out_features])
     branch = dy if spec.residual_multiplier == 1 else dy * spec.residual_multiplier
     if spec.post_mlp_norm is not None:
         assert a.d is not None
@@ -76,7 +76,7 @@ def _attention_backward(c: Context, a: Activations, flat: FlatGradients, dh: Ten
 
 
 def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dheads: Tensor) -> Tensor:
-    """The gradient of the q, k and v projections' output, [T, N]."""
+    """The gradient of the q, k and v projections' output, that of `wide_gradient`."""
     spec, norm = c.spec, c.qk_norm()
     assert a.qkv is not None
     assert a.attention is not None
@@ -84,8 +84,8 @@ def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dheads: Tenso
     if not len(attention.q):  # the policy dropped them
         q, k, _ = rotated(c, a)
         attention = replace(attention, q=q, k=k)
-    dqkv = torch.empty_like(a.qkv)
-    to_q, to_k, to_v = dqkv.split(spec.qkv_features, 1)
+    dqkv = wide_gradient(c.state.qkv, len(a.qkv), a.qkv.dtype, a.qkv.device)
+    to_q, to_k, to_v = dqkv[:, : a.qkv.shape[1]].split(spec.qkv_features, 1)
     dq, dk, dv = attention_backward(dheads, attention)
     to_v.copy_(dv)
     weights = () if norm is None else (norm.q_weight, norm.k_weight)

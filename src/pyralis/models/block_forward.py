@@ -10,7 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyralis.models.block_parts import Activations, Context, linear, norm_forward, project, wide_rows
+from pyralis.models.block_parts import (
+    Activations,
+    Context,
+    linear,
+    linear_with_room,
+    norm_forward,
+    project,
+    wide_rows,
+)
 from pyralis.models.group_state import GroupState
 from pyralis.models.policy import SavePolicy
 from pyralis.models.spec import NormSpec
@@ -59,9 +67,9 @@ def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activa
     a.y2 = wide_rows(state.gate_up, T, state.dtype, x.device)
     a.h, a.stats2 = norm_forward(spec.pre_mlp_norm, state, branch, a.y2, residual=x)
     a.xa3 = project(state.gate_up, a.y2, c.rng)
-    a.gate_up = linear(state.gate_up, a.y2, c.matrices[2])
+    a.gate_up = linear_with_room(state.gate_up, a.y2, c.matrices[2])
     a.product = wide_rows(state.down, T, state.dtype, x.device)
-    glu_forward(*split_gate_up(a.gate_up), spec.activation, out=a.product)
+    glu_forward(*split_gate_up(a.gate_up[:, : state.gate_up.group.out_features]), spec.activation, out=a.product)
     a.xa4 = project(state.down, a.product, c.rng)
     return a
 

@@ -43,7 +43,7 @@ class Activations:
     stats2: Stats = ()
     y2: Tensor | None = None
     xa3: Tensor | None = None
-    gate_up: Tensor | None = None
+    gate_up: Tensor | None = None  # with room for t = s dy B behind, as its gradient takes its place
     product: Tensor | None = None  # act(gate) * up with LoRA's columns
     xa4: Tensor | None = None
     d: Tensor | None = None  # down's output, where a norm reads it
@@ -129,6 +129,18 @@ def linear(group: GroupState, x_wide: Tensor, matrix: Tensor, *, residual: Tenso
     return lora_forward(group.group, x_wide, matrix, B=group.B, bias=group.bias, residual=residual)
 
 
+def linear_with_room(group: GroupState, x_wide: Tensor, matrix: Tensor) -> Tensor:
+    """y in the first columns of `wide_gradient`."""
+    y = wide_gradient(group, len(x_wide), matrix.dtype, x_wide.device)
+    lora_forward(group.group, x_wide, matrix, B=group.B, bias=group.bias, out=y[:, : group.group.out_features])
+    return y
+
+
+def wide_gradient(group: GroupState, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[T, N + P] for dy of a group whose A lies below W, so that dy need not be copied there; else [T, N]."""
+    return torch.empty((tokens, group.rows), dtype=dtype, device=device)
+
+
 @dataclass(slots=True, eq=False)
 class LinearBackward:
     """The backward of a linear group in two parts, for an input that is known again only after dx."""
@@ -164,20 +176,27 @@ def linear_backward(
 ) -> LinearBackward:
     """dx, and gradients of B and biases; `finish(x)` does the rest.
 
-    x [T, K or K + P]: only for dropout, whose one pass over x yields dA and dx.
+    dy: [T, N], or that of `wide_gradient`. x [T, K or K + P]: only for dropout, whose one pass over x yields dA and dx.
     """
     g = group.group
     gradients = GroupGradients.of(flat, g, group.trained, dy)
     dx = torch.empty((len(dy), g.in_features), dtype=matrix.dtype, device=dy.device)
-    t = torch.empty((len(dy), g.pad), dtype=matrix.dtype, device=dy.device)
     A = dx[:0] if group.A is None else group.A
     dropout = rng is not None and g.has_dropout
+    dy_wide = None
+    if group.wide and not dropout:
+        is_wide = dy.shape[1] > g.out_features
+        dy_wide = dy if is_wide else wide_gradient(group, len(dy), matrix.dtype, dy.device)
+        t = dy_wide[:, g.out_features :]
+    else:
+        t = torch.empty((len(dy), g.pad), dtype=matrix.dtype, device=dy.device)
+    dy = dy[:, : g.out_features]
     lora, deferred = gradients.lora, None
     if not dropout:
         lora, deferred = gradients.without_A, gradients.lora.A
     x = x[:, : g.in_features] if dropout and x is not None else dx  # not read without dropout
     lora_backward(
         g, dy, matrix, x, dy if xa is None else xa, A, lora,
-        B=group.B, t=t, dx=dx, rng=rng if dropout else None, stream=group.stream,
+        B=group.B, dy_wide=dy_wide, t=t, dx=dx, rng=rng if dropout else None, stream=group.stream,
     )  # fmt: skip
     return LinearBackward(group, gradients, dy, dx, t, deferred)

@@ -20,9 +20,10 @@ class LayoutOptions:
     """How weights are laid out.
 
     Attributes:
-        concatenate: B beside W. None: never beside plain weights, and beside 4-bit and cast ones where the GPU gains by
-            it at `tokens`, of a usual micro-batch (`concatenates`). Plain weights with room for B between their rows
-            are not contiguous, and stock `save_pretrained` of the whole model then fails: `release` them before it.
+        concatenate: B beside W and A below it. None: never with plain weights, and with 4-bit and cast ones where the
+            GPU gains by it at `tokens`, of a usual micro-batch (`concatenates`). Plain weights with room for B between
+            their rows are not contiguous, and stock `save_pretrained` of the whole model then fails: `release` them
+            before it.
         resident: keep dequantised and cast weights instead of making them for each use.
     """
 
@@ -37,7 +38,7 @@ class GroupState:
 
     group: LoraGroup
     linears: tuple[LinearState, ...]
-    wide: bool  # B lies beside W
+    wide: bool  # B lies beside W, and A below it
     A: Tensor | None  # [P, K] in the compute dtype
     B: tuple[Tensor | None, ...] | None  # in the compute dtype, where they do not lie beside W
     bias: Tensor | None  # [N]
@@ -48,6 +49,11 @@ class GroupState:
     def columns(self) -> int:
         """K + P, or K."""
         return self.group.width if self.wide else self.group.in_features
+
+    @property
+    def rows(self) -> int:
+        """N + P, or N."""
+        return self.group.height if self.wide else self.group.out_features
 
     @property
     def adds_biases(self) -> bool:

@@ -1,7 +1,8 @@
 """Base weights whose values are made when they are needed: dequantised, or cast as autocast would cast them.
 
-All layers of a model take turns to use one workspace, in which a layer's four matrices [N, K + P] lie one after
-another; or a layer has one of its own (`resident`), in which they are kept between uses. LoRA's B goes beside them.
+All layers of a model take turns to use one workspace, in which a layer's four matrices [N + P, K + P] lie one
+after another; or a layer has one of its own (`resident`), in which they are kept between uses. LoRA's B goes beside
+them, and its A below.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from pyralis.models.adapters import LinearState
 from pyralis.models.group_state import GroupState
-from pyralis.ops.nf4_layer import LayerPlan, Placement, dequantize_layer
+from pyralis.ops.nf4_layer import dequantize_layer
+from pyralis.ops.nf4_plan import Copy, LayerPlan, Placement
 from pyralis.ops.nf4_state import from_params4bit
 
 ALIGNMENT = 256  # elements between the starts of matrices: 512 bytes of bf16
@@ -43,7 +45,7 @@ class Workspace:
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkspacePlan:
     arena: Tensor
-    matrices: tuple[Tensor, ...]  # [N, K + P], views of the arena
+    matrices: tuple[Tensor, ...]  # [N + P, K + P], views of the arena
     made_by: Any  # what the base needs to fill them
 
 
@@ -59,10 +61,10 @@ class WorkspaceBase:
         starts, end = [], 0
         for state in groups:
             starts.append(end)
-            end += -(-state.group.out_features * state.columns // ALIGNMENT) * ALIGNMENT
+            end += -(-state.rows * state.columns // ALIGNMENT) * ALIGNMENT
         arena = self._workspace.take(end, dtype, groups[0].linears[0].base.weight.device)
         matrices = tuple(
-            arena[start : start + state.group.out_features * state.columns].view(-1, state.columns)
+            arena[start : start + state.rows * state.columns].view(-1, state.columns)
             for state, start in zip(groups, starts)
         )
         return WorkspacePlan(arena, matrices, self.plan(groups, matrices, arena))
@@ -107,6 +109,15 @@ def _parts(
             yield linear, matrix[rows], B.detach() if beside and B is not None else None, columns.start if beside else 0
 
 
+def _below(groups: Sequence[GroupState], matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(A's compute copy [P, K], its rows of a matrix) where A lies there."""
+    found = []
+    for state, matrix in zip(groups, matrices):
+        if state.wide and state.A is not None:
+            found.append((state.A, matrix[state.group.out_features :, : state.group.in_features]))
+    return found
+
+
 class FourBitBase(WorkspaceBase):
     """bitsandbytes' 4-bit weights, which stay where they are: a launch makes all matrices of a layer."""
 
@@ -119,7 +130,7 @@ class FourBitBase(WorkspaceBase):
             placements.append(Placement(quantized, rows, B, column))
             if quantized.dtype not in (torch.float32, arena.dtype):  # bitsandbytes rounds to it on the way
                 rounded.append((rows[:, : quantized.shape[1]], quantized.dtype))
-        return LayerPlan.of(placements, arena), rounded
+        return LayerPlan.of(placements, arena, [Copy(*pair) for pair in _below(groups, matrices)]), rounded
 
     def fill(self, plan: WorkspacePlan) -> None:
         layer, rounded = plan.made_by
@@ -145,6 +156,9 @@ class CastBase(WorkspaceBase):
             if B is not None:
                 targets.append(rows[:, weight.shape[1] + column :][:, : B.shape[1]])
                 sources.append(B)
+        for A, rows in _below(groups, matrices):
+            targets.append(rows)
+            sources.append(A)
         room = [matrix[:, state.group.in_features :] for state, matrix in zip(groups, matrices) if state.wide]
         return targets, sources, room
 

@@ -46,7 +46,7 @@ def project(
     splits = project_splits(plan, run, T, K, gpu_of(x.device).sm_count)
     partial = None if splits == 1 else torch.empty((splits, T, ranks), dtype=torch.float32, device=x.device)
     tile = plan.project
-    for count, part, first in plan.passes(run, stream):
+    for count, part, first in tile.passes(run, stream):
         launch(
             project_kernel, (cdiv(T, tile.block_t), splits),
             x, A[part], rng, out[:, part], None if partial is None else partial[:, :, part],
@@ -62,7 +62,7 @@ def project_splits(plan: DotLaunch, run: Run, T: int, K: int, sm_count: int) -> 
     """Parts of K in the forward."""
     tile = plan.project
     most = cdiv(K, 4 * tile.columns)
-    return tile.splits(cdiv(T, tile.block_t), most, min(run.count, plan.together), sm_count)
+    return tile.splits(cdiv(T, tile.block_t), most, run.count, sm_count)
 
 
 def project_backward(
@@ -92,7 +92,7 @@ def project_backward(
     partial = None
     if dA is not None:
         partial = torch.empty((splits, run.count * rank, K), dtype=torch.float32, device=x.device)
-    for count, part, first in plan.passes(run, stream):
+    for count, part, first in tile.passes(run, stream):
         launch(
             grad_kernel, (cdiv(K, tile.columns), splits),
             t[:, part], A[part], x, rng, dx, None if partial is None else partial[:, part],
@@ -110,4 +110,4 @@ def grad_splits(plan: DotLaunch, run: Run, T: int, K: int, sm_count: int) -> int
     """Parts of T in the backward."""
     tile = plan.grad
     most = cdiv(T, 4 * tile.block_t)
-    return tile.splits(cdiv(K, tile.columns), most, min(run.count, plan.together), sm_count)
+    return tile.splits(cdiv(K, tile.columns), most, run.count, sm_count)

@@ -23,19 +23,30 @@ TOGETHER = 3  # projections that the kernels have arguments for
 class Tile:
     """What a program holds of a [T, columns] matrix at a time, and how it is compiled.
 
-    resident: warps that registers and shared memory leave on an SM, with 1, 2 and 3 projections in a program.
+    resident: warps that registers and shared memory leave on an SM, with 1, 2 and 3 projections in a program, which
+    serves at most as many as there are figures.
     """
 
     block_t: int
     columns: int
     warps: int
     stages: int = 1
-    resident: tuple[int, int, int] = (16, 16, 16)
+    resident: tuple[int, ...] = (16,)
+
+    @property
+    def together(self) -> int:
+        return len(self.resident)
+
+    def passes(self, run: Run, stream: int) -> Iterator[tuple[int, slice, int]]:
+        """(projections, their ranks among the run's, the stream of the first) of each launch."""
+        for j in range(0, run.count, self.together):
+            count = min(self.together, run.count - j)
+            yield count, slice(j * run.like.rank, (j + count) * run.like.rank), stream + j
 
     def splits(self, programs: int, most: int, count: int, sm_count: int) -> int:
-        """Parts of a sum, added up afterwards: as many as the GPU runs at once, `programs` each. One program more
-        would wait for a whole other to end."""
-        slots = sm_count * self.resident[count - 1] // self.warps
+        """Parts of a sum over `count` projections, added up afterwards: as many as the GPU runs at once, `programs`
+        each. One program more would wait for a whole other to end."""
+        slots = sm_count * self.resident[min(count, self.together) - 1] // self.warps
         return max(min(slots // max(programs, 1), most, MOST_SPLITS), 1)
 
 
@@ -44,11 +55,9 @@ class DotLaunch:
     """Launches of the kernels with `tl.dot`, for a rank.
 
     project and grad draw masks and are bound by those instructions; grad_B is bound by memory.
-    together: the most projections that a program of theirs serves.
     """
 
     block_r: int
-    together: int
     project: Tile
     grad: Tile
     grad_B: Tile
@@ -57,24 +66,17 @@ class DotLaunch:
     def of(cls, rank: int) -> DotLaunch:
         block_r = max(16, next_power_of_2(rank))
         if block_r == 16:
-            return cls(
-                block_r, TOGETHER,
-                project=Tile(64, 64, 4, 2, (28, 16, 12)), grad=Tile(32, 64, 4, 1, (20, 16, 12)),
-                grad_B=Tile(64, 512, 8, 2, (8, 8, 8)),
-            )  # fmt: skip
-        rows = 64 if block_r <= 128 else 32
-        return cls(
-            block_r, TOGETHER if block_r <= 64 else 1,
-            project=Tile(rows, 128 if block_r == 64 else 64, 8),
-            grad=Tile(32, 64, 4 if block_r <= 32 else 8, 1, (16, 12, 8) if block_r <= 32 else (16, 16, 16)),
-            grad_B=Tile(64, 256, 8, 2),
-        )  # fmt: skip
-
-    def passes(self, run: Run, stream: int) -> Iterator[tuple[int, slice, int]]:
-        """(projections, their ranks among the run's, the stream of the first) of each launch."""
-        for j in range(0, run.count, self.together):
-            count = min(self.together, run.count - j)
-            yield count, slice(j * run.like.rank, (j + count) * run.like.rank), stream + j
+            project, grad = Tile(64, 64, 4, 2, (28, 16, 12)), Tile(32, 64, 4, 1, (20, 16, 12))
+            return cls(block_r, project, grad, grad_B=Tile(64, 512, 8, 2, (8,)))
+        if block_r == 32:
+            project, grad = Tile(64, 64, 8, 1, (16, 12, 8)), Tile(32, 64, 4, 1, (16, 12, 8))
+        elif block_r == 64:
+            project, grad = Tile(64, 128, 8), Tile(32, 64, 8, 1, (16, 16, 16))
+        elif block_r == 128:
+            project, grad = Tile(64, 64, 8), Tile(32, 64, 8)
+        else:
+            project, grad = Tile(32, 64, 8), Tile(32, 32, 8)
+        return cls(block_r, project, grad, grad_B=Tile(64, 256, 8, 2))
 
 
 def reads_dy_once(rank: int) -> bool:

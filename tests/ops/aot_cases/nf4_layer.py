@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from aot_cases.nf4 import matrix
 
-from pyralis.ops.nf4_layer import LayerPlan, Placement, dequantize_layer
+from pyralis.ops.nf4_layer import dequantize_layer
+from pyralis.ops.nf4_plan import Copy, LayerPlan, Placement
 from tests.ops.aot import Case, meta
 
 LAYERS = {  # rows and columns of q, k, v, o, gate, up, down
@@ -21,14 +22,18 @@ def _call(
     shapes: Sequence[tuple[int, int]], dtype: torch.dtype, wide: int, lora: torch.dtype | None, nested: Sequence[bool]
 ) -> Callable[[], None]:
     def call() -> None:
-        arena = meta(sum(n * (k + wide) for n, k in shapes), dtype=dtype)
-        placements, start = [], 0
+        rows = 8 if wide else 0
+        arena = meta(sum((n + rows) * (k + wide) for n, k in shapes), dtype=dtype)
+        placements, copies, start = [], [], 0
         for i, (n, k) in enumerate(shapes):
-            out = arena[start : start + n * (k + wide)].view(n, k + wide)
-            start += out.numel()
+            matrices = arena[start : start + (n + rows) * (k + wide)].view(-1, k + wide)
+            out = matrices[:n]
+            start += matrices.numel()
+            if rows:
+                copies.append(Copy(meta(rows, k, dtype=dtype), matrices[n:, :k]))
             B = None if lora is None else meta(n, min(16, wide), dtype=lora)
             placements.append(Placement(matrix(n, k, nested=nested[i % len(nested)]), out, B))
-        dequantize_layer(LayerPlan.of(placements, arena), arena)
+        dequantize_layer(LayerPlan.of(placements, arena, copies), arena)
 
     return call
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyralis.bench.case import BITSANDBYTES, COMPILED, PYRALIS, STOCK, BenchCase, Contender, ModelShape, compiled, has
 from pyralis.ops.nf4 import dequantize
-from pyralis.ops.nf4_layer import LayerPlan, Placement, dequantize_layer, reference_layer
+from pyralis.ops.nf4_layer import dequantize_layer, reference_layer
+from pyralis.ops.nf4_plan import LayerPlan, Placement
 from pyralis.ops.nf4_state import NestedAbsmax, Quantized, reference
 
 DTYPE = torch.bfloat16
