@@ -69,7 +69,8 @@ class PairCollator:
     - response_index [S, R] int64: where the tokens of a sequence stand among the N, N where there is none;
     - response_lengths [S] int64: answer tokens of each sequence;
     - num_tokens [] int64: tokens of all sequences, prompts twice;
-    - ref_chosen_logps, ref_rejected_logps [P] float32 where the examples hold them.
+    - ref_chosen_logps, ref_rejected_logps [P] float32 where the examples hold them, or where `reference` does: a table
+      [rows, 2] that an example's `row` points into.
 
     "shared" computes a prompt once where both answers have kept the same. Sequences longer than `max_length` lose
     their end, or with `truncation_mode` "keep_end" their beginning.
@@ -80,6 +81,7 @@ class PairCollator:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
+    reference: NDArray[np.float32] | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = [self._pair(example) for example in examples]
@@ -98,8 +100,10 @@ class PairCollator:
             "num_tokens": torch.tensor(sum(len(s.ids) for s in sequences)),
             **batch,
         }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in examples[0]:
+        for column, name in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+            if self.reference is not None:
+                batch[name] = torch.from_numpy(self.reference[[int(e["row"]) for e in examples], column])
+            elif name in examples[0]:
                 batch[name] = torch.tensor([float(example[name]) for example in examples])
         return batch
 
