@@ -154,6 +154,25 @@ def test_eval_mode_has_no_dropout() -> None:
     assert fused.weights.rng is None
 
 
+def test_the_node_takes_parameters_only_where_autograd_has_to_know_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP's hooks run when autograd passes the parameters; nothing else needs that, and it costs time."""
+    model, batch = build("llama"), make_batch("full")
+    fused, trained = Fused(model), sum(p.requires_grad for p in decoder(model).layers[1].parameters())
+
+    def inputs(x: Tensor) -> list[int]:
+        node, found = fused.forward(x, batch).grad_fn, []
+        while node is not None and "FusedLayer" in node.name():
+            found.append(sum(edge is not None for edge, _ in node.next_functions))
+            node = node.next_functions[0][0]
+        return found
+
+    x = batch.x.clone()
+    assert inputs(x) == [1, trained]
+    assert inputs(x.requires_grad_()) == [1, 1]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert inputs(x) == [1 + trained, 1 + trained]
+
+
 def test_micro_steps_add_up_and_zero_grad_starts_anew() -> None:
     model, first, second = build("llama"), make_batch("full"), make_batch("full", seed=1)
     truths = [truth_of(model, batch) for batch in (first, second)]

@@ -95,7 +95,7 @@ def main() -> None:
             grid = (3, 2) if turn else (3,)
             _kernel[grid](*arguments, **chosen, **options)
             expected, Launcher.launched = Launcher.launched, ()
-            launch_compiled(_kernel, grid, tuple(arguments), chosen, options, 0)
+            launch_compiled(_kernel, grid, tuple(arguments), chosen, warps, 3, True, 0)
             shown = [str(a.dtype) + str(a.data_ptr() % 16) if isinstance(a, torch.Tensor) else a for a in arguments]
             print(json.dumps({"case": str((turn, shown, chosen, warps)), "same": Launcher.launched == expected}))
 

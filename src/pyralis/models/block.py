@@ -1,16 +1,15 @@
 """The fused decoder layer: one autograd node for every family, LoRA and 4-bit weights included.
 
-`fused_layer` computes what stock transformers with PEFT computes for a layer that a `LayerSpec` describes. The node
-takes the trained parameters as inputs, so that autograd and DDP see them, and returns None for them: their gradients
-have been written to `p.grad` by then (`gradients.py`). So `loss.backward()` works, `torch.autograd.grad` with respect
-to these parameters does not.
+`fused_layer` computes what stock transformers with PEFT computes for a layer that a `LayerSpec` describes. Where the
+gradients of trained parameters are awaited (`_awaited`), the node takes them as inputs and returns None for them: their
+gradients have been written to `p.grad` by then (`gradients.py`). So `loss.backward()` works, `torch.autograd.grad` with
+respect to these parameters does not.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ from pyralis.ops.attention import AttentionLayout
 _NOTHING = nullcontext()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
+class _Call(NamedTuple):
     """The arguments of a forward that are no tensors to autograd."""
 
     weights: LayerWeights
@@ -65,9 +63,17 @@ def fused_layer(
     cos, sin = (table.reshape(-1, table.shape[-1]) for table in (cos, sin))
     call = _Call(weights, Context(weights.spec, state, cos, sin, rng), layout, flat, policy, store)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or state.parameters):
-        return _FusedLayer.apply(hidden_states, call, *state.parameters)
+        return _FusedLayer.apply(hidden_states, call, *(state.parameters if _awaited(hidden_states) else ()))
     with torch.no_grad(), _no_autocast(hidden_states):
         return _forward(hidden_states, call)[0]
+
+
+def _awaited(hidden_states: Tensor) -> bool:
+    """Whether autograd has to know of trained parameters, which costs a node 2 us for each.
+
+    It has to where nothing else needs a gradient, and for DDP, whose hooks run when autograd comes by.
+    """
+    return not hidden_states.requires_grad or (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _forward(hidden_states: Tensor, call: _Call) -> tuple[Tensor, Activations]:

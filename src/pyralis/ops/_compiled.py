@@ -29,35 +29,44 @@ def specialisation(arguments: Arguments) -> list[Any]:
     dtype and by whether they start on 16 bytes; floats and None by being such.
     """
     found: list[Any] = []
+    add = found.append
     for argument in arguments:
         kind = type(argument)
         if kind is int:
-            wide = 0 if -0x80000000 <= argument <= 0x7FFFFFFF else 2 if argument < 0x8000000000000000 else 4
-            found.append(1 if argument == 1 else 8 + wide + (argument & 15 == 0))
+            if -0x80000000 <= argument <= 0x7FFFFFFF:
+                add("1" if argument == 1 else argument & 15 == 0)
+            else:
+                add(("i64" if argument <= 0x7FFFFFFFFFFFFFFF else "u64", argument & 15 == 0))
         elif argument is None or kind is float:
-            found.append(kind)
+            add(kind)
         elif kind is bool:
             raise TypeError("a bool as a kernel's argument; make it a constexpr")
         else:
-            found += argument.dtype, argument.data_ptr() & 15 == 0
+            add(argument.dtype)
+            add(argument.data_ptr() & 15 == 0)
     return found
 
 
 def launch_compiled(
     kernel: Any, grid: tuple[int, ...], arguments: Arguments, constants: Mapping[str, Any],
-    options: Mapping[str, Any], device_index: int | None,
+    num_warps: int, num_stages: int, fp_fusion: bool, device_index: int,
 ) -> None:  # fmt: skip
-    """`kernel[grid](*arguments, **constants, **options)` on the current device, which is number `device_index`.
+    """`kernel[grid](*arguments, **constants)` with these options on the current device, which is number `device_index`.
 
     kernel: a `triton.jit` function that outlives its launches, whose constexprs follow its arguments and are all given.
     """
-    key = (id(kernel), device_index, *specialisation(arguments), *constants.items(), *options.values())
+    key = (
+        id(kernel), device_index, num_warps, num_stages, fp_fusion,
+        *specialisation(arguments), *constants, *constants.values(),
+    )  # fmt: skip
     known = _compiled.get(key)
     if known is not None:
         compiled, rest = known
         compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
         return
-    compiled = kernel[grid](*arguments, **constants, **options)
+    compiled = kernel[grid](
+        *arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion
+    )  # fmt: skip
     # On AMD Triton looks at the size of a tensor's storage too. A hook of Triton's may have taken the launch over.
     if compiled is not None and torch.version.hip is None:
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])

@@ -178,14 +178,15 @@ def launch(
         assert recorder is not None, "a kernel was launched on meta tensors outside recording()"
         recorder[1].append(Launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion))
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
     if kind != "cuda":
-        kernel[grid](*args, **constexprs, **options)
-    elif device.index == torch.cuda.current_device():
-        launch_compiled(kernel, grid, args, constexprs, options, device.index)
-    else:
-        with torch.cuda.device(device):  # Triton launches on the current device
-            launch_compiled(kernel, grid, args, constexprs, options, device.index)
+        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)
+        return
+    index = device.index
+    if index == torch.cuda.current_device():
+        launch_compiled(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, index)
+        return
+    with torch.cuda.device(device):  # Triton launches on the current device
+        launch_compiled(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, index)
 
 
 @triton.jit
