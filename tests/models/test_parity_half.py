@@ -1,0 +1,63 @@
+"""Whole models in half precision on the CPU, as training runs them: errors to float64 at most 1.5 times stock's.
+
+LoRA has a half-precision base and float32 adapters, QLoRA an NF4 base, full training float32 masters, all of them under
+autocast; float16 losses are scaled. The truth is that of `pyralis.verify.exact`, held by `tests/verify/test_exact.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyralis.models.load import ModelSettings, load_model
+from pyralis.models.surgery import accelerate, report
+from pyralis.verify.batches import LAYOUTS, Example, make_batches
+from pyralis.verify.measure import Outcome, measure_fast, measure_stock, measure_truth
+from tests.models.test_parity import EVERY, NAMES, error, with_lora
+from tests.tiny import FAMILIES, VARIANTS, build_tiny_variant, make_tiny_model
+
+MODES = ("lora", "qlora", "full")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+IDS = torch.randint(4, 300, (5, 24), generator=torch.Generator().manual_seed(5)).tolist()
+BATCHES = make_batches([Example(ids, [-100] * 3 + ids[3:]) for ids in IDS], 2, 24, torch.device("cpu"))
+
+
+def cases() -> Iterator[Any]:
+    """Every name, dtype and mode, each in one layout; among the names every mode meets every layout."""
+    for (place, name), (shift, mode), dtype in product(enumerate(NAMES), enumerate(MODES), DTYPES):
+        layout = LAYOUTS[(place + shift + (dtype == "fp16")) % len(LAYOUTS)]
+        quick = name in FAMILIES and dtype == "bf16"
+        yield pytest.param(name, layout, dtype, mode, marks=() if quick else pytest.mark.full)
+
+
+def build(name: str, mode: str, dtype: torch.dtype, folder: Path) -> Any:
+    if mode == "full":
+        return build_tiny_variant(name).train()
+    if mode == "lora":
+        return with_lora(build_tiny_variant(name).to(dtype), some=False)
+    family, fields = VARIANTS.get(name, (name, {}))
+    settings = ModelSettings(str(make_tiny_model(folder, family, **fields)), train_mode="qlora")
+    return with_lora(load_model(settings, device=torch.device("cpu"), dtype=dtype).model, some=False)
+
+
+def errors(got: Outcome, want: Outcome) -> tuple[float, float]:
+    """Of the tokens' losses, and of all gradients together."""
+    assert got.gradients.keys() == want.gradients.keys()
+    flat = [torch.cat([o.gradients[name].double().flatten() for name in want.gradients]) for o in (got, want)]
+    return error(got.token_losses, want.token_losses), error(*flat)
+
+
+@pytest.mark.parametrize(("name", "layout", "dtype", "mode"), cases())
+def test_half_precision(name: str, layout: str, dtype: str, mode: str, tmp_path: Path) -> None:
+    model, inputs = build(name, mode, DTYPES[dtype], tmp_path), BATCHES[LAYOUTS.index(layout)]  # type: ignore[arg-type]
+    truth, stock = measure_truth(model, inputs), measure_stock(model, inputs, DTYPES[dtype])
+    accelerate(model, families=EVERY)
+    fast = measure_fast(model, inputs, DTYPES[dtype])
+    assert report(model).fast_layers == 2, report(model).lines
+    got, allowed = errors(fast, truth), errors(stock, truth)
+    assert all(a <= 1.5 * b for a, b in zip(got, allowed)), (got, allowed)
