@@ -78,7 +78,7 @@ def todays_call(
     notes: list[str] = []
     for name, value in given.items():
         today = TRAINER_NAMES.get(name, name)
-        field = name if name in fields else FIELD_NAMES.get(name, name)
+        field = FIELD_NAMES[name] if FIELD_NAMES.get(name) in fields else name
         if today in taken:
             if arguments.get(today) is not None and value is not None:
                 raise ConfigError(
@@ -116,7 +116,8 @@ def _config(config: type[TrainingArguments], args: TrainingArguments | None) -> 
     if not isinstance(args, TrainingArguments):
         raise ConfigError(f"args is a {type(args).__name__}; expected {config.__name__} or TrainingArguments.")
     fields = {field.name for field in dataclasses.fields(config) if field.init}
-    values = args.to_dict() | {name: getattr(args, name) for name in ("hub_token",) if hasattr(args, name)}
+    hidden = {name for name in fields if name.endswith("_token") and hasattr(args, name)}  # to_dict writes <HUB_TOKEN>
+    values = args.to_dict() | {name: getattr(args, name) for name in hidden}
     lost = sorted(name for name in _changed(args) if name not in fields and name in values)
     notes = tuple(f"{type(args).__name__}({name}=...) has no effect in {config.__name__}" for name in lost)
     return config(**{name: value for name, value in values.items() if name in fields}), notes
