@@ -17,7 +17,7 @@ from pyralis.bench.train.losses import differs, excess, reference_of
 from pyralis.bench.train.plot import plot_steps
 from pyralis.bench.train.results import Loaded, Record, Run
 from pyralis.bench.train.settings import Case, Loop, ModelFacts, PeerChoice, Shape, TrainBench
-from pyralis.bench.train.tables import loading_lines, markdown_table, rich_table
+from pyralis.bench.train.tables import loading_lines, loss_table, markdown_table, speed_table
 
 SHAPE = Shape(2, 1000)
 RIGHT = (11.0, 10.9, 10.8)
@@ -108,18 +108,26 @@ def test_flops_and_utilisation() -> None:
 def test_tables(tmp_path: Path) -> None:
     kept = record(
         run("hf", ms=300), run("pyralis", "keep"), run("liger", loss=(11.3, 11.2, 11.1), ms=200),
-        Run(Case("unsloth", "False", "bare", SHAPE), error="ValueError: a|b"),
+        Run(Case("unsloth", "False", "bare", SHAPE), error="ValueError: no"),
     )  # fmt: skip
-    lines = [line.split(" | ") for line in markdown_table(kept).splitlines()[4:]]
+    text = markdown_table(kept)
+    assert text.endswith("\n\nunsloth (False bare 2x1000): ValueError: no")
+    lines = [line.split(" | ") for line in text.splitlines()[4:8]]
     assert [line[1] for line in lines] == ["pyralis", "liger", "hf", "unsloth"]  # the quickest first
-    assert lines[0][:8] == ["| 2x1000", "pyralis", "keep", "bare", "100.0", "100.0", "20000", "0%"]
-    assert lines[0][8:] == ["3.00", "4.00", "1234", "50.0", "2.0", "11.0000 10.9000 10.8000", "yes |"]
+    assert lines[0][:7] == ["| 2x1000", "pyralis", "keep", "100.0", "100.0", "20000", "0%"]
+    assert lines[0][7:] == ["3.00", "4.00", "1234", "50.0", "11.0000 10.9000 10.8000", "yes |"]
     assert [line[-1] for line in lines] == ["yes |", "NO |", "reference |", "- |"]
-    assert "ValueError: a/b" in lines[3]
-    console = Console(width=200, record=True, file=(tmp_path / "table.txt").open("w"))
-    console.print(rich_table(kept))
-    assert "matmul 700 TFLOP/s" in console.export_text()
-    assert loading_lines(kept.loaded) == ["hf (True): imported in 9.0 s, loaded in 3.0 s more"]
+    assert loading_lines(kept) == ["hf True: imported in 9.0 s, loaded in 3.0 s, first step 2.0 s"]
+
+
+def test_a_terminal_of_100_columns_shows_all_of_it(tmp_path: Path) -> None:
+    kept = record(run("hf", "True+kbit", ms=1034.5), run("pyralis", "offload_input"))
+    with (tmp_path / "table.txt").open("w") as file:
+        console = Console(width=100, record=True, file=file)
+        console.print(speed_table(kept), loss_table(kept))
+        text = console.export_text()
+    assert "matmul 700 TFLOP/s" in text
+    assert "…" not in text
 
 
 @pytest.mark.parametrize("rates", [True, False])

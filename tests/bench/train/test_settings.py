@@ -41,7 +41,7 @@ def test_bad_loops_and_modes() -> None:
 
 def test_peers_have_defaults_and_variants_in_their_own_order() -> None:
     assert parse_peers("pyralis,hf", [], "qlora") == (
-        PeerChoice("pyralis", ("keep", "offload_input")),
+        PeerChoice("pyralis", ("keep", "keep+graph", "offload_input")),
         PeerChoice("hf", ("False", "True", "True+kbit")),
     )
     assert parse_peers("hf", ["hf=True+kbit,True"], "qlora") == (PeerChoice("hf", ("True", "True+kbit")),)

@@ -20,7 +20,8 @@ class Measured:
         cpu_seconds: of these, until the step's last launch (its last wait for the GPU, if it waits).
         losses: of the first steps.
         first_step: seconds, compilation included.
-        peak_allocated, peak_reserved: bytes in the timed steps; 0 on a CPU.
+        peak_allocated, peak_reserved: bytes, from the first step on: what a CUDA graph uses is counted only while it
+            is recorded. 0 on a CPU.
         kernels, busy_seconds: of one step on the GPU, copies included, if it was profiled.
     """
 
@@ -63,6 +64,8 @@ class StepClock:
 
     def start(self) -> None:
         self._wait()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self._last = time.perf_counter()
 
     def tick(self, loss: Tensor | None = None) -> None:
@@ -95,8 +98,6 @@ class StepClock:
             torch.cuda.synchronize()
 
     def _on_gpu(self, done: int) -> None:
-        if done == self.warmup:
-            torch.cuda.reset_peak_memory_stats()
         if done == self.warmup + self.steps:
             self._peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             if self.profile:

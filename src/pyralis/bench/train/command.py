@@ -13,7 +13,7 @@ from pyralis.bench.train.plot import plot_steps
 from pyralis.bench.train.results import Record
 from pyralis.bench.train.run import measure
 from pyralis.bench.train.settings import TrainBench
-from pyralis.bench.train.tables import loading_lines, rich_table
+from pyralis.bench.train.tables import failures, loading_lines, loss_table, speed_table
 from pyralis.bench.train.worker import OUT_OF_MEMORY
 
 
@@ -30,9 +30,10 @@ def bench_train(
     record = measure(bench, work_dir.expanduser().resolve(), lambda record: record.write(path), time_limit, report)
     console = Console()
     # A log has no width; 80 columns would cut every figure.
-    (console if console.is_terminal else Console(width=200)).print(rich_table(record))
-    for line in loading_lines(record.loaded):
-        console.print(line, highlight=False)
+    console = console if console.is_terminal else Console(width=200)
+    console.print(speed_table(record), loss_table(record))
+    for line in [*failures(record), *loading_lines(record)]:
+        console.print(line, highlight=False, markup=False)
     if any(run.measured is not None for run in record.runs):
         plot_steps(path.with_suffix(".png"), record)
         report(f"written: {path}, {path.with_suffix('.png')}")
