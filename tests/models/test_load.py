@@ -68,6 +68,18 @@ class TestFourBits:
                 assert not parameter.requires_grad
         assert loaded.model.get_input_embeddings().weight.dtype == torch.bfloat16
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_a_checkpoint_in_4_bits_takes_the_dtype_asked_for(
+        self, llama: Path, tmp_path: Path, dtype: torch.dtype
+    ) -> None:
+        packed = load_model(ModelSettings(str(llama), "qlora"), dtype=torch.bfloat16).model
+        packed.save_pretrained(tmp_path)
+        model = load_model(ModelSettings(str(tmp_path)), dtype=dtype).model
+        assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {dtype}
+        for (_, layer), (_, before) in zip(four_bit_layers(model), four_bit_layers(packed)):
+            assert (layer.compute_dtype, layer.weight.quant_state.dtype) == (dtype, dtype)
+            assert torch.equal(dequantize_weight(layer), dequantize_weight(before))
+
     def test_dequantised_it_computes_the_same(self, llama: Path) -> None:
         model = load_model(ModelSettings(str(llama), "qlora", dtype="float32")).model
         packed = model(IDS).logits

@@ -112,6 +112,21 @@ def save_pretrained_gguf(model: Any, *arguments: Any, **others: Any) -> None:
     raise ModelError(_GGUF)
 
 
+def generate_mixed(model: PeftModel, *arguments: Any, **others: Any) -> Any:
+    """`generate` of a half-precision model with modules that are trained whole, in float32: under autocast, as a
+    trainer calls it."""
+    base = base_of(model)
+    with torch.autocast(base.device.type, dtype=origin_of(model).record.dtype or base.dtype):
+        return type(model).generate(model, *arguments, **others)
+
+
+def _is_mixed(model: PeftModel) -> bool:
+    if origin_of(model).record.dtype is None:
+        return False
+    trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    return any(weight.dtype == torch.float32 and "lora_" not in name for name, weight in trained)
+
+
 def _save(
     model: Any,
     folder: Path,
@@ -202,7 +217,9 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 
 def bind_methods(model: Any) -> None:
-    """Give this model the methods above; a PeftModel's `save_pretrained` too."""
+    """Give this model the methods above; a PeftModel's `save_pretrained` too, and a `generate` where it needs one."""
     methods = _METHODS | ({"save_pretrained": save_adapter} if isinstance(model, PeftModel) else {})
+    if isinstance(model, PeftModel) and _is_mixed(model):
+        methods["generate"] = generate_mixed
     for name, function in methods.items():
         vars(model)[name] = Method(function, model)

@@ -125,13 +125,14 @@ def load_model(
         notes.append(f"float32 master weights, {str(choice.dtype).removeprefix('torch.')} compute")
     if settings.train_mode == "full" and options["dtype"] == torch.float16:
         raise ModelError("Training every weight in float16 needs float32 master weights: master_weights `float32`.")
-    attention = settings.attn_implementation or _needed_attention(config)
-    if attention:
+    if attention := settings.attn_implementation or _needed_attention(config):
         options["attn_implementation"] = attention
-    if attention and not settings.attn_implementation:
-        notes.append(f"{attention} attention: this model caps attention scores, which SDPA would ignore")
+        if not settings.attn_implementation:
+            notes.append(f"{attention} attention: this model caps attention scores, which SDPA would ignore")
 
     model = _from_pretrained(source, options)
+    if stored == "bitsandbytes":
+        _cast_plain_weights(model, choice.dtype)
     if stored is not None:
         notes.append(f"the checkpoint is quantised already ({stored}): loaded as it is")
     quantized = stored is not None or ("quantization_config" in options and not source.gguf_file)
@@ -194,7 +195,7 @@ def _load_config(source: ModelSource, settings: ModelSettings) -> PreTrainedConf
 
 
 def _check_quantization(config: PreTrainedConfig, source: ModelSource, settings: ModelSettings) -> str | None:
-    """How the checkpoint's weights are quantised as stored ("bitsandbytes"), or None."""
+    """How the stored weights are quantised ("bitsandbytes"), or None."""
     stored = getattr(config, "quantization_config", None)
     if not stored or source.gguf_file:
         return None
@@ -230,13 +231,19 @@ def _from_pretrained(source: ModelSource, options: dict[str, Any]) -> PreTrained
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError(f"{source.path} does not fit into the GPU's memory: {_first_line(error)}") from error
         raise ModelError(f"{source.path} cannot be loaded: {_first_line(error)}") from error
-    missing = sorted(report.get("missing_keys") or ())
-    if missing:
+    if missing := sorted(report.get("missing_keys") or ()):
         raise ModelError(
             f"{source.path} lacks {len(missing)} of the model's weights ({', '.join(missing[:4])}): the checkpoint is "
             "not whole, or its config.json belongs to another model."
         )
     return model
+
+
+def _cast_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """transformers leaves embeddings and norms of a quantised checkpoint in the dtype that they are stored in."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _first_line(error: BaseException) -> str:

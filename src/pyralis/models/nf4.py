@@ -25,6 +25,9 @@ def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def settle_four_bit(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """Set the compute dtype of every 4-bit layer, and keep its weight in the layout that it was quantised in.
 
+    A checkpoint that is in 4 bits says which dtype it was quantised from; bitsandbytes would round weights to that
+    before the compute dtype.
+
     On a CPU with AVX512-BF16 bitsandbytes would repack a weight in place at the first forward in eval mode: it rounds
     absmax to bfloat16, computes in bfloat16, and the layer cannot be trained after it.
     """
@@ -32,6 +35,8 @@ def settle_four_bit(model: nn.Module, compute_dtype: torch.dtype) -> None:
         layer.compute_dtype = compute_dtype
         layer.compute_type_is_set = True
         layer.support_avx512bf16_for_cpu = False
+        if (state := getattr(layer.weight, "quant_state", None)) is not None:
+            state.dtype = compute_dtype
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial, wraps
 from typing import Any
 
+import torch
 from torch import nn
 
 STOCK_CLASS = "_pyralis_stock_class"
@@ -74,8 +75,11 @@ def call_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_checkpointed(layer: nn.Module) -> bool:
-    """Whether gradient checkpointing is on for a layer that is being trained."""
-    return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
+    """Whether gradient checkpointing is on for a layer that is being trained.
+
+    Not without gradients, where it would only take `generate` the cache that it needs.
+    """
+    return bool(layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled())
 
 
 @cache
