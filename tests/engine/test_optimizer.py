@@ -257,6 +257,9 @@ def test_says_what_is_wrong() -> None:
     set_gradients(params, 0)
     with pytest.raises(ConfigError, match="share betas"):
         mixed.step()
+    params[1].data = params[1].data.clone()
+    with pytest.raises(ModelError, match="moved out of"):
+        optimizer.step()
 
 
 @pytest.mark.gpu

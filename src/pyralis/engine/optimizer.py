@@ -66,6 +66,7 @@ class FlatAdamW(Optimizer):
         self.max_norm, self.compute_copy = max_norm, compute_copy
         self.grads = torch.zeros_like(layout.values)
         self.grad_views = [self.grads[layout.part(i)].view(p.shape) for i, p in enumerate(self.parameters)]
+        self._places = [p.data_ptr() for p in self.parameters]
         self.scalars = StepScalars.new(device)
         self.moments: State32bit | State8bit
         if bits == 8:
@@ -112,9 +113,17 @@ class FlatAdamW(Optimizer):
         return loss
 
     def gather(self) -> bool:
-        """Bring gradients that lie elsewhere into `grads`; False if no parameter has one."""
+        """Bring gradients that lie elsewhere into `grads`; False if no parameter has one.
+
+        Raises ModelError if a parameter has left the flat buffer: its updates would be lost.
+        """
         targets, sources, absent = [], [], []
         for i, (p, view) in enumerate(zip(self.parameters, self.grad_views)):
+            if p.data_ptr() != self._places[i]:
+                raise ModelError(
+                    f"parameter {i} of shape {list(p.shape)} was moved out of the optimizer's flat buffer (by .to(), "
+                    ".half() or `.data =`) after the optimizer was made; make the optimizer again"
+                )
             if p.grad is None:
                 absent.append(i)
             elif p.grad.data_ptr() != view.data_ptr():
