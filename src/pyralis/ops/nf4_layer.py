@@ -80,6 +80,41 @@ def _placement_of(tile, starts, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     return tl.sum(begun.to(tl.int32), 0) - 1, tile - tl.max(tl.where(begun, start, 0), 0)
 
 
+@triton.jit
+def _write_columns(
+    tile, table, out, lora, COUNT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, WIDE_ROWS: tl.constexpr
+):  # fmt: skip
+    """Some rows of a placement's wide columns: B and zeros."""
+    placement, tile = _placement_of(tile, table + COUNT, COUNT, BLOCK)
+    at = table + placement
+    P = tl.load(at + 14 * COUNT)
+    row = tile.to(tl.int64) * WIDE_ROWS + tl.arange(0, WIDE_ROWS)
+    col = tl.arange(0, WIDE)
+    mask = (row < tl.load(at + 4 * COUNT))[:, None] & (col < P)[None, :]
+    value = tl.zeros([WIDE_ROWS, WIDE], tl.float32)
+    if lora is not None:
+        B = tl.load(at + 15 * COUNT).to(lora.dtype)
+        rank_col = col - tl.load(at + 17 * COUNT)
+        inside = mask & ((rank_col >= 0) & (rank_col < tl.load(at + 18 * COUNT)))[None, :]
+        source = B + row[:, None] * tl.load(at + 16 * COUNT) + rank_col[None, :]
+        value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    destination = out + tl.load(at + 2 * COUNT) + tl.load(at + 5 * COUNT)
+    store_as(destination + row[:, None] * tl.load(at + 3 * COUNT) + col[None, :], value, mask)
+
+
+@triton.jit
+def _copy_row(tile, copies, out, COPIES: tl.constexpr, COPY_BLOCK: tl.constexpr, COPY_TILE: tl.constexpr):
+    """A row of a copied matrix, or a part of one."""
+    copy, tile = _placement_of(tile, copies, COPIES, COPY_BLOCK)
+    at = copies + copy
+    K = tl.load(at + 5 * COPIES).to(tl.int32)
+    parts = tl.cdiv(K, COPY_TILE)
+    row, col = (tile // parts).to(tl.int64), tile % parts * COPY_TILE + tl.arange(0, COPY_TILE)
+    source = tl.load(at + 3 * COPIES).to(out.dtype) + row * tl.load(at + 4 * COPIES)
+    value = tl.load(source + col, mask=col < K, other=0.0)
+    tl.store(out + tl.load(at + COPIES) + row * tl.load(at + 2 * COPIES) + col, value, mask=col < K)
+
+
 @triton.jit(do_not_specialize=["first", "weight_tiles", "copies_from"])
 def _layer_kernel(
     table, tables, out, lora, copies, first, weight_tiles, copies_from,
@@ -116,27 +151,6 @@ def _layer_kernel(
                 N, K, stride, block_shift, nested_shift, False, ALIGNED, VEC, ROWS, COLS,
             )  # fmt: skip
     elif tile < copies_from:
-        placement, tile = _placement_of(tile - weight_tiles, table + COUNT, COUNT, BLOCK)
-        at = table + placement
-        P = tl.load(at + 14 * COUNT)
-        row = tile.to(tl.int64) * WIDE_ROWS + tl.arange(0, WIDE_ROWS)
-        col = tl.arange(0, WIDE)
-        mask = (row < tl.load(at + 4 * COUNT))[:, None] & (col < P)[None, :]
-        value = tl.zeros([WIDE_ROWS, WIDE], tl.float32)
-        if lora is not None:
-            B = tl.load(at + 15 * COUNT).to(lora.dtype)
-            rank_col = col - tl.load(at + 17 * COUNT)
-            inside = mask & ((rank_col >= 0) & (rank_col < tl.load(at + 18 * COUNT)))[None, :]
-            source = B + row[:, None] * tl.load(at + 16 * COUNT) + rank_col[None, :]
-            value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        destination = out + tl.load(at + 2 * COUNT) + tl.load(at + 5 * COUNT)
-        store_as(destination + row[:, None] * tl.load(at + 3 * COUNT) + col[None, :], value, mask)
+        _write_columns(tile - weight_tiles, table, out, lora, COUNT, BLOCK, WIDE, WIDE_ROWS)
     elif COPIES > 0:
-        copy, tile = _placement_of(tile - copies_from, copies, COPIES, COPY_BLOCK)
-        at = copies + copy
-        K = tl.load(at + 5 * COPIES).to(tl.int32)
-        blocks = tl.cdiv(K, COPY_TILE)
-        row, col = (tile // blocks).to(tl.int64), tile % blocks * COPY_TILE + tl.arange(0, COPY_TILE)
-        source = tl.load(at + 3 * COPIES).to(out.dtype) + row * tl.load(at + 4 * COPIES)
-        value = tl.load(source + col, mask=col < K, other=0.0)
-        tl.store(out + tl.load(at + COPIES) + row * tl.load(at + 2 * COPIES) + col, value, mask=col < K)
+        _copy_row(tile - copies_from, copies, out, COPIES, COPY_BLOCK, COPY_TILE)

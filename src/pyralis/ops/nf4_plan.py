@@ -17,7 +17,7 @@ from pyralis.ops.nf4 import TileLaunch, log2
 from pyralis.ops.nf4_state import TABLE_START, Quantized, code_tables
 
 ADAPTER_TILE = 1024  # elements of a program that writes wide columns
-COPY_TILE = 4096  # and of one that copies rows
+COPY_TILE = 1024  # and of one that copies rows; more would take registers from all
 
 
 @dataclass(frozen=True, slots=True, eq=False)
