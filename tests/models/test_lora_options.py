@@ -57,7 +57,7 @@ STOCK: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-# Initialisations that change the base weights or quantise them themselves; PEFT's orthogonal one fails on 4-bit weights.
+# Initialisations that change the base weights or quantise them; PEFT's orthogonal one fails on 4-bit weights.
 PLAIN_ONLY = ("PiSSA", "PiSSA, approximate", "OLoRA", "LoftQ", "orthogonal")
 BASES = ("plain", "NF4")
 
