@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from pyralis.bench.case import COMPILED, PYRALIS, SHAPES, STOCK
+from pyralis.bench.case import BASE, COMPILED, PYRALIS, SHAPES, STOCK
 from pyralis.bench.measure import Rates, Timing, require_gpu
 from pyralis.bench.ops import Result, bench_ops, find_cases, op_names, table, write_json
 from pyralis.bench.plot import plot_shares
@@ -68,6 +69,16 @@ def test_outputs(tmp_path: Path) -> None:
     assert [column.header for column in columns] == ["op", "shape", "tokens", "pyralis", "roofline %", "torch", "liger"]
     assert list(columns[-1].cells) == ["failed"]
     assert list(columns[-2].cells) == ["8.0*"]
+
+
+def test_cost_on_top_of_the_base() -> None:
+    timings = {name: Timing(time, 0.1, True) for name, time in (("pyralis", 108.0), (BASE, 100.0), ("torch", 150.0))}
+    result = replace(RESULT, timings=timings)
+    assert result.overhead(BASE) is None
+    assert RESULT.overhead() is None
+    cells = [list(column.cells) for column in table([result], RATES).columns]
+    assert cells[3] == ["108.0 +8.0%"]
+    assert cells[5:7] == [["100.0"], ["150.0 +50.0%"]]
 
 
 def test_bad_names() -> None:

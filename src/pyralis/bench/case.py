@@ -15,6 +15,7 @@ import torch
 Contender: TypeAlias = Callable[[], object]
 
 PYRALIS, STOCK, COMPILED, LIGER, BITSANDBYTES = "pyralis", "torch", "torch.compile", "liger", "bitsandbytes"
+BASE = "base GEMMs"  # without what is measured: others are shown with their cost on top of it
 PEERS = (STOCK, COMPILED, LIGER, BITSANDBYTES)
 
 

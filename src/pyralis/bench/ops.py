@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pyralis.bench.cases
-from pyralis.bench.case import COMPILED, PEERS, PYRALIS, SHAPES, BenchCase, compiling
+from pyralis.bench.case import BASE, COMPILED, PEERS, PYRALIS, SHAPES, BenchCase, compiling
 from pyralis.bench.measure import Rates, Timing, bench_stream, measure_rates, require_gpu, time_rotating
 from pyralis.errors import ConfigError
 from pyralis.models.staging import write_text
@@ -40,6 +40,13 @@ class Result:
     def share(self, contender: str = PYRALIS) -> float:
         """Of the roofline, 1 at best."""
         return self.roofline_us / self.timings[contender].microseconds
+
+    def overhead(self, contender: str = PYRALIS) -> float | None:
+        """What it costs on top of the base, as a share of that; None where the case has no base, or is it."""
+        base = self.timings.get(BASE)
+        if base is None or contender == BASE:
+            return None
+        return self.timings[contender].microseconds / base.microseconds - 1
 
 
 def op_names() -> list[str]:
@@ -118,7 +125,7 @@ def bench_ops(
 
 
 def table(results: Sequence[Result], rates: Rates) -> Table:
-    """A row per case: our time and share of the roofline, then the peers' times."""
+    """A row per case: our time and share of the roofline, then the peers' times; +N %: on top of the base."""
     peers = list(dict.fromkeys(name for r in results for name in (*r.timings, *r.errors) if name != PYRALIS))
     built = Table(title=str(rates), caption="microseconds, median; * not captured in a CUDA graph")
     for column in ("op", "shape"):
@@ -126,17 +133,19 @@ def table(results: Sequence[Result], rates: Rates) -> Table:
     for column in ("tokens", PYRALIS, "roofline %", *peers):
         built.add_column(column, justify="right")
     for result in results:
-        cells = [result.op, result.shape, str(result.tokens), _time(result.timings[PYRALIS]), f"{result.share():.0%}"]
+        cells = [result.op, result.shape, str(result.tokens), _time(result, PYRALIS), f"{result.share():.0%}"]
         built.add_row(*cells, *(_peer(result, name) for name in peers))
     return built
 
 
-def _time(timing: Timing) -> str:
-    return f"{timing.microseconds:.1f}{'' if timing.graphed else '*'}"
+def _time(result: Result, name: str) -> str:
+    timing, overhead = result.timings[name], result.overhead(name)
+    figure = f"{timing.microseconds:.1f}{'' if timing.graphed else '*'}"
+    return figure if overhead is None else f"{figure} {100 * overhead:+.1f}%"
 
 
 def _peer(result: Result, name: str) -> str:
-    return _time(result.timings[name]) if name in result.timings else "failed" if name in result.errors else "-"
+    return _time(result, name) if name in result.timings else "failed" if name in result.errors else "-"
 
 
 def _versions() -> dict[str, str]:
