@@ -15,7 +15,11 @@ from pyralis.bench.train.peers.base import Peer
 from pyralis.bench.train.peers.hugging_face import Compiled, HuggingFace, Trl
 from pyralis.bench.train.peers.ours import Pyralis
 from pyralis.bench.train.settings import Job, Loop, Mode, PeerChoice, Shape, TrainBench
-from pyralis.models.surgery import report
+from pyralis.engine.captured_step import Rerun
+from pyralis.engine.step_graphs import use_step_graphs
+from pyralis.errors import ModelError
+from pyralis.models.surgery import decoder_layers, report
+from tests.tiny import make_tiny_model
 
 SHAPE = Shape(2, 24)
 
@@ -25,9 +29,9 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "compute_in", lambda: (torch.device("cpu"), torch.float32))
 
 
-def peer(kind: type[Peer], mode: Mode, tmp_path: Path, **bench: Any) -> Peer:
-    settings = TrainBench("tiny", mode, (SHAPE,), (), rank=4, steps=3, **bench)
-    made = made_model("tiny", mode, 4, tmp_path)
+def peer(kind: type[Peer], mode: Mode, tmp_path: Path, model: str = "tiny", **bench: Any) -> Any:
+    settings = TrainBench(model, mode, (SHAPE,), (), rank=4, **{"steps": 3} | bench)
+    made = made_model(model, mode, 4, tmp_path)
     return kind(Job(settings, made, PeerChoice("", ()), tmp_path / "results.jsonl", 0.0, None))
 
 
@@ -48,9 +52,17 @@ def test_all_learn_the_same(mode: Mode, tmp_path: Path) -> None:
     assert expected[2] < expected[1] < expected[0]
     for variant in ("True", *(("True+kbit",) if mode == "qlora" else ())):
         assert losses(hf, variant) == pytest.approx(expected, abs=2e-5)
-    for variant in ("keep", "recompute_cheap", "recompute_layer", "offload_input"):
+    for variant in ("keep", "recompute_cheap", "recompute_layer", "offload_input", "keep+resident+graph"):
         assert losses(ours, variant) == pytest.approx(expected, abs=2e-5), variant
         assert report(ours.model).fast_layers == 2
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen2", "phi3"])
+def test_a_folder_of_another_family(family: str, tmp_path: Path) -> None:
+    """Its weights are quantised by each peer as it loads them."""
+    folder = str(make_tiny_model(tmp_path / family, family))
+    expected = losses(peer(HuggingFace, "qlora", tmp_path, folder), "True")
+    assert losses(peer(Pyralis, "qlora", tmp_path, folder), "keep") == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.parametrize("kind", [HuggingFace, Pyralis])
@@ -74,6 +86,23 @@ def test_compiled(tmp_path: Path) -> None:
     expected = losses(peer(HuggingFace, "lora", tmp_path), "False")
     ran = peer(Compiled, "lora", tmp_path)
     assert losses(ran, "False") == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_ran_stock_is_not_measured_as_ours(tmp_path: Path) -> None:
+    ran = peer(Pyralis, "lora", tmp_path)
+    ran.load("keep")
+    decoder_layers(ran.model)[1].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match=r"1 of 2 layers stock: .*hook"):
+        ran.run("keep", "bare", SHAPE, warmup=1)
+
+
+def test_what_was_not_replayed_is_not_measured_as_such(tmp_path: Path) -> None:
+    ran = peer(Pyralis, "lora", tmp_path, steps=1)
+    ran.load("keep+graph")
+    ran.graphs = use_step_graphs(ran.model, recorder=Rerun())
+    assert len(ran.run("keep+graph", "bare", SHAPE, warmup=4).losses) == 3
+    with pytest.raises(ModelError, match="were not replayed: the first steps of a shape"):
+        ran.run("keep+graph", "bare", Shape(1, 8), warmup=1)
 
 
 def test_every_run_starts_anew(tmp_path: Path) -> None:

@@ -9,22 +9,37 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from pyralis.bench.train.clock import Measured
 from pyralis.bench.train.peers import GRAPH, RESIDENT
 from pyralis.bench.train.peers.base import Peer
+from pyralis.bench.train.settings import Loop, Shape
 from pyralis.data.collate import Collator
 from pyralis.engine.flat_parameters import flatten_parameters
 from pyralis.engine.optimizer import FlatAdamW
-from pyralis.engine.step_graphs import use_step_graphs
+from pyralis.engine.step_graphs import StepGraphs, use_step_graphs
+from pyralis.errors import ModelError
 from pyralis.lora.attach import LoraSettings, attach_lora
 from pyralis.models.causal_lm import causal_lm_loss
 from pyralis.models.checkpointing import choose_save_policy
 from pyralis.models.load import ModelSettings, load_model
 from pyralis.models.residency import keep_matrices
-from pyralis.models.surgery import accelerate, decoder_layers
+from pyralis.models.surgery import accelerate, decoder_layers, report
 from pyralis.train.trainer import PyralisTrainer
 
 
 class Pyralis(Peer):
+    graphs: StepGraphs | None = None
+
+    def run(self, variant: str, loop: Loop, shape: Shape, warmup: int) -> Measured:
+        """Raises ModelError if it was not what the variant's name says that ran."""
+        measured = super().run(variant, loop, shape, warmup)
+        ran = report(self.model)
+        if ran.fast_layers < len(ran.layers):
+            raise ModelError("; ".join(ran.lines))
+        if self.graphs is not None and self.graphs.reason is not None:
+            raise ModelError(f"steps were not replayed: {self.graphs.reason}")
+        return measured
+
     def prepare(self, variant: str) -> nn.Module:
         model = self.model if self.model is not None else self._loaded()
         policy, *extras = variant.split("+")
@@ -35,7 +50,7 @@ class Pyralis(Peer):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             choose_save_policy(layers, policy)  # type: ignore[arg-type]  # one of POLICIES
         keep_matrices(layers, RESIDENT[1:] in extras)
-        use_step_graphs(model, "auto" if GRAPH[1:] in extras else "off")
+        self.graphs = use_step_graphs(model, "auto" if GRAPH[1:] in extras else "off")
         return model.train()
 
     def _loaded(self) -> Any:
