@@ -41,7 +41,7 @@ LINEAR: dict[str, Any] = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}
 
 @dataclass(frozen=True)
 class Feature:
-    """A column. configs: the families that have it, with the config fields that bring it out; None: all, as they are."""
+    """A column. configs: the families that have it, with fields of the config that bring it out; None: all, as is."""
 
     mode: Literal["lora", "qlora", "full"] = "lora"
     dtype: torch.dtype = torch.float32
