@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import trl
 from trl.experimental import orpo
 
+from pyralis.train.old_trainer_names import TrainerCall
 from pyralis.train.trl_trainer import TrlConfig, TrlTrainer
 
 
@@ -20,6 +21,13 @@ class KTOTrainer(TrlTrainer, trl.KTOTrainer):
 
     trl_trainer = trl.KTOTrainer
     trl_config = KTOConfig
+
+    def adapt(self, call: TrainerCall) -> tuple[str, ...]:
+        """Plain `TrainingArguments` draw rows at random, which this loss forbids."""
+        if call.args.loss_type != "kto" or call.args.train_sampling_strategy == "sequential":
+            return ()
+        call.args.train_sampling_strategy = "sequential"
+        return ("rows are taken in order: the KL term of a row comes from its neighbour",)
 
 
 @dataclass
