@@ -15,6 +15,8 @@ Shapes: T tokens, N features of all projections, P columns, R ranks of all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,18 +41,17 @@ def grad_B(
     dy [T, N], B_j [N_j, r_j], xa [T, R or P]; of any row stride. dropout: whether it is on, where a projection has any.
     The kernel's partial sums are allocated: float32, an eighth of dy's bytes up to rank 16, a quarter at rank 32.
     """
-    runs = group.runs
-    fused = [_fuses(group, run, dy, B, xa, t, dB) for run in runs]
+    parts = _parts(group)
+    fused = [_fuses(part, dy, B, xa, t, dB) for part in parts]
     if copy is not None and not (fused[0] and len(group.projections) == 1):
         copy.copy_(dy)
         copy = None
-    for run, together in zip(runs, fused):
-        alpha = run.alpha if dropout else run.like.scale
+    for part, together in zip(parts, fused):
+        alpha = part.run.alpha if dropout else part.run.like.scale
         if together:
-            for first in range(0, run.count, TOGETHER):
-                _both(group, run.part(first, TOGETHER), dy, B, xa, t, dB, alpha, accumulate, copy)
+            _both(group, part, dy, B, xa, t, dB, alpha, accumulate, copy)
             continue
-        for j in group.adapted[run.first : run.first + run.count]:
+        for j in part.members:
             rows, columns, b = group.rows[j], group.columns[j], _given(B, j)
             t[:, columns].addmm_(dy[:, rows], b, beta=0, alpha=alpha)
             if dB and (out := dB[j]) is not None:
@@ -59,52 +60,70 @@ def grad_B(
         t[:, group.rank :].zero_()
 
 
-def _fuses(group: LoraGroup, run: Run, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors) -> bool:
-    members = group.adapted[run.first : run.first + run.count]
-    if not reads_dy_once(run.like.rank) or not dB or any(dB[j] is None for j in members):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Adapters that one launch serves, and how their features are cut into strips."""
+
+    run: Run
+    members: tuple[int, ...]  # projections
+    three: tuple[int, ...]  # the same for the kernel's arguments: what is not there is not read
+    sizes: tuple[int, ...]  # features of each
+    strips: tuple[int, ...]
+    bounds: tuple[int, ...]  # where the three begin among dy's features, then where they end
+    plan: DotLaunch
+
+
+@lru_cache
+def _parts(group: LoraGroup) -> tuple[_Part, ...]:
+    found = []
+    for run in (whole.part(i, TOGETHER) for whole in group.runs for i in range(0, whole.count, TOGETHER)):
+        members = group.adapted[run.first : run.first + run.count]
+        three = tuple(members[min(i, len(members) - 1)] for i in range(TOGETHER))
+        sizes, plan = tuple(group.projections[j].out_features for j in members), DotLaunch.of(run.like.rank)
+        bounds = (*(group.rows[j].start for j in three), *(group.rows[j].stop for j in three))
+        strips = tuple(cdiv(n, plan.grad_B.columns) for n in sizes)
+        found.append(_Part(run, members, three, sizes, strips, bounds, plan))
+    return tuple(found)
+
+
+def _fuses(part: _Part, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors) -> bool:
+    if not reads_dy_once(part.run.like.rank) or not dB:
         return False
-    outputs = [dB[j] for j in members]
-    strides = {_given(B, j).stride() for j in members}
-    whole = all(out is not None and out.is_contiguous() and out.dtype == torch.float32 for out in outputs)
-    return whole and len(strides) == 1 and supported(dy, *(B[j] for j in members), xa, t) is None
+    stride = _given(B, part.members[0]).stride()
+    for j in part.members:
+        out = dB[j]
+        if out is None or out.dtype != torch.float32 or not out.is_contiguous() or _given(B, j).stride() != stride:
+            return False
+    return supported(dy, *(B[j] for j in part.members), xa, t) is None
 
 
 def _both(
-    group: LoraGroup, run: Run, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors, alpha: float,
+    group: LoraGroup, part: _Part, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors, alpha: float,
     accumulate: bool, copy: Tensor | None,
 ) -> None:  # fmt: skip
-    members = group.adapted[run.first : run.first + run.count]
-    rank, T, device = run.like.rank, len(dy), dy.device
-    plan = DotLaunch.of(rank)
-    tile = plan.grad_B
-    sizes = [group.projections[j].out_features for j in members]
-    strips = [cdiv(n, tile.columns) for n in sizes]
-    splits = tile.splits(sum(strips), cdiv(T, 4 * tile.block_t), 1, gpu_of(device).sm_count)
-    t_parts = torch.empty((sum(strips), T, rank), dtype=torch.float32, device=device)
-    dB_parts = torch.empty((splits, sum(sizes), rank), dtype=torch.float32, device=device)
-    three = [members[min(i, len(members) - 1)] for i in range(TOGETHER)]  # what is not there is not read
-    starts, ends = [group.rows[j].start for j in three], [group.rows[j].stop for j in three]
-    xa_part = xa[:, run.columns]
+    run, members, three, sizes, strips = part.run, part.members, part.three, part.sizes, part.strips
+    rank, T, device, tile = run.like.rank, dy.shape[0], dy.device, part.plan.grad_B
+    count, features = sum(strips), sum(sizes)
+    splits = tile.splits(count, cdiv(T, 4 * tile.block_t), 1, gpu_of(device).sm_count)
+    t_parts = torch.empty((count, T, rank), dtype=torch.float32, device=device)
+    dB_parts = torch.empty((splits, features, rank), dtype=torch.float32, device=device)
     launch(
-        _grad_B_kernel, (sum(strips), splits),
-        dy, *(B[j] for j in three), xa_part, copy, t_parts, dB_parts,
-        T, span_of(T, tile.block_t, splits) * tile.block_t, strips[0], sum(strips[:2]), sum(sizes), *starts, *ends,
+        _grad_B_kernel, (count, splits),
+        dy, *(B[j] for j in three), xa[:, run.columns], copy, t_parts, dB_parts,
+        T, span_of(T, tile.block_t, splits) * tile.block_t, strips[0], sum(strips[:2]), features, *part.bounds,
         dy.stride(0), _given(B, three[0]).stride(0), xa.stride(0), 0 if copy is None else copy.stride(0),
         device=device, num_warps=tile.warps, num_stages=tile.stages,
-        RANK=rank, COUNT=len(members), BLOCK_T=tile.block_t, BLOCK_N=tile.columns, BLOCK_R=plan.block_r,
+        RANK=rank, COUNT=len(members), BLOCK_T=tile.block_t, BLOCK_N=tile.columns, BLOCK_R=part.plan.block_r,
     )  # fmt: skip
-    strip = row = 0
-    for j, size, count in zip(members, sizes, strips):
-        out, columns = dB[j], t[:, group.columns[j]]
-        width = t.shape[1] - group.columns[j].start if j == group.adapted[-1] else rank
-        t_tiles = cdiv(T * width, SUM_BLOCK)
-        launch(
-            _sum_both_kernel, (t_tiles + cdiv(size * rank, SUM_BLOCK),),
-            t_parts[strip:], dB_parts[:, row:], columns, out, T, t_tiles, count, splits, size, sum(sizes),
-            t.stride(0), alpha, device=device, num_warps=4,
-            RANK=rank, WIDTH=width, ADD=accumulate, BLOCK=SUM_BLOCK, AT_ONCE=AT_ONCE,
-        )  # fmt: skip
-        strip, row = strip + count, row + size
+    pad = t.shape[1] - group.rank if members[-1] == group.adapted[-1] else 0
+    t_tiles, most = cdiv(T * rank, SUM_BLOCK), cdiv(max(sizes) * rank, SUM_BLOCK)
+    launch(
+        _sum_both_kernel, (max(t_tiles + most, cdiv(T * pad, SUM_BLOCK)), len(members) + (pad > 0)),
+        t_parts, dB_parts, t[:, run.column :], *(dB[j] for j in three),
+        T, t_tiles, splits, strips[0], sum(strips[:2]), count, features, *part.bounds, t.stride(0), alpha,
+        device=device, num_warps=4,
+        RANK=rank, COUNT=len(members), PAD=pad, ADD=accumulate, BLOCK=SUM_BLOCK, AT_ONCE=AT_ONCE,
+    )  # fmt: skip
 
 
 def _given(B: Tensors, j: int) -> Tensor:
@@ -158,25 +177,45 @@ def _grad_B_kernel(
     tl.store(at, dB, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "t_tiles", "strips", "splits"])
+@triton.jit(do_not_specialize=["T", "t_tiles", "splits", "strips1", "strips2", "strips"])
 def _sum_both_kernel(
-    t_parts, dB_parts, t, dB, T, t_tiles, strips, splits, size, features, t_stride, alpha,
-    RANK: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    t_parts, dB_parts, t, dB0, dB1, dB2, T, t_tiles, splits, strips1, strips2, strips,
+    features, start0, start1, start2, end0, end1, end2, t_stride, alpha,
+    RANK: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, ADD: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Of one projection. Its columns of t are WIDTH wide, zeros after RANK."""
-    tile = tl.program_id(0)
-    if tile < t_tiles:
+    """A second axis of the grid for projections, and one more for the PAD zeros after t's columns of the last."""
+    tile, j = tl.program_id(0), tl.program_id(1)
+    dB, size, first, last, before = dB0, end0 - start0, 0, strips, 0
+    if COUNT > 1:
+        dB, size = tl.where(j == 1, dB1, dB), tl.where(j == 1, end1 - start1, size)
+        first, last = tl.where(j == 1, strips1, first), tl.where(j == 0, strips1, last)
+        before = tl.where(j == 1, end0 - start0, before)
+    if COUNT > 2:
+        dB, size = tl.where(j == 2, dB2, dB), tl.where(j == 2, end2 - start2, size)
+        first, last = tl.where(j == 2, strips2, first), tl.where(j == 1, strips2, last)
+        before = tl.where(j == 2, end0 - start0 + end1 - start1, before)
+    if j == COUNT:
+        _zeros(tile, t + COUNT * RANK, T, t_stride, PAD, BLOCK)
+    elif tile < t_tiles:
         element = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        row, r = element // WIDTH, element % WIDTH
-        inside = row < T
-        total = sum_of(
-            t_parts, strips, T.to(tl.int64) * RANK, row * RANK + r, inside & (r < RANK), BLOCK, AT_ONCE
-        )  # fmt: skip
-        store_as(t + row * t_stride + r, total * alpha, inside)
+        inside = element < T.to(tl.int64) * RANK
+        distance = T.to(tl.int64) * RANK
+        total = sum_of(t_parts + first * distance, last - first, distance, element, inside, BLOCK, AT_ONCE)
+        store_as(t + element // RANK * t_stride + j * RANK + element % RANK, total * alpha, inside)
     else:
         element = (tile - t_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = element < size * RANK
-        total = sum_of(dB_parts, splits, features.to(tl.int64) * RANK, element, inside, BLOCK, AT_ONCE)
+        distance = features.to(tl.int64) * RANK
+        total = sum_of(dB_parts + before * RANK, splits, distance, element, inside, BLOCK, AT_ONCE)
         if ADD:
             total += tl.load(dB + element, mask=inside, other=0.0)
         tl.store(dB + element, total, mask=inside)
+
+
+@triton.jit
+def _zeros(tile, at, T, stride, PAD: tl.constexpr, BLOCK: tl.constexpr):
+    """[T, PAD] zeros from `at` on."""
+    if PAD > 0:
+        element = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        store_as(at + element // PAD * stride + element % PAD, tl.zeros([BLOCK], tl.float32), element < T * PAD)

@@ -1,8 +1,8 @@
 """LoRA, forward and backward with all its gradients, on top of the base GEMMs (y and dx of the frozen weight).
 
 All four groups of a layer with and without dropout, as a 4-bit layer runs them (pyralis), beside PEFT's arithmetic; and
-groups alone at several ranks. Everywhere also with adapters inside the products and apart from them, what `concatenates`
-chooses between. `base GEMMs` is the cost without LoRA.
+groups alone at several ranks. Everywhere also with adapters inside the products and apart from them, what
+`concatenates` chooses between. `base GEMMs` is the cost without LoRA.
 """
 
 from __future__ import annotations
