@@ -70,7 +70,6 @@ def test_dropped_names_change_nothing(old: str) -> None:
     [
         ("sharded_ddp", "simple", "deepspeed"),
         ("tokenizer", "other", "model_name_or_path"),
-        ("loss_type", "ipo", "sigmoid"),
         ("load_in_8bit", True, "qlora"),
         ("quantization_bit", 8, "train_mode: qlora"),
         ("finetuning_type", "freeze", "train_mode"),
@@ -86,7 +85,7 @@ def test_what_cannot_be_kept_is_refused(old: str, value: Any, instead: str) -> N
 
 
 def test_harmless_values_of_refused_names_pass() -> None:
-    assert load(sharded_ddp="", load_in_8bit=False, loss_type="sigmoid").config == load().config
+    assert load(sharded_ddp="", load_in_8bit=False).config == load().config
 
 
 def test_a_removed_value_is_replaced() -> None:

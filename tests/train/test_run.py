@@ -169,12 +169,6 @@ def test_a_finished_run_is_not_overwritten(tiny_llama: Path, chats: Path, tmp_pa
     assert run(tiny_llama, chats, tmp_path / "out", max_steps=2, overwrite_output_dir=True).summary.steps == 2
 
 
-def test_dpo_is_refused_with_a_clear_word(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="DPO"):
-        run(tiny_llama, chats, tmp_path / "out", task_type="dpo", max_prompt_length=8)
-    assert not (tmp_path / "out").exists()
-
-
 def test_what_is_wrong_with_the_data_is_said_before_a_model_is_loaded(
     tiny_llama: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

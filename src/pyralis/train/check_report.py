@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from pyralis.train.check import DPO_FIELDS
 from pyralis.train.config import LoadedConfig, TrainConfig
 
 _GROUPS: dict[str, tuple[str, ...]] = {
@@ -27,7 +28,16 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         *("packing", "loss_on", "overlong", "eval_file", "eval_split"),
     ),
     "Method": (
-        *("task_type", "train_mode", "beta", "max_prompt_length", "lora_rank", "lora_alpha", "lora_dropout"),
+        *(
+            "task_type",
+            "train_mode",
+            "beta",
+            "loss_type",
+            "max_prompt_length",
+            "lora_rank",
+            "lora_alpha",
+            "lora_dropout",
+        ),
         *("lora_target_modules", "quant_type", "double_quant", "load_adapter"),
     ),
     "Optimisation": (
@@ -83,7 +93,7 @@ def _rows(config: TrainConfig, names: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def _applies(config: TrainConfig, name: str) -> bool:
-    if name in ("beta", "max_prompt_length"):
+    if name in DPO_FIELDS:
         return config.task_type == "dpo"
     if name in ("template_name", "system", "loss_on"):
         return config.task_type == "sft" or (name != "loss_on" and config.task_type == "dpo")

@@ -55,7 +55,7 @@ class PreferenceMetrics:
         return int(reduce(seen))
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means since the last time; all processes have to ask."""
+        """The means since the last time; all processes have to ask. Tokens not asked for are forgotten."""
         means: dict[str, float] = {}
         for names, rows in ((PAIR_MEANS, self._pairs), (TOKEN_MEANS, self._tokens)):
             if rows:
@@ -63,4 +63,5 @@ class PreferenceMetrics:
                 values = torch.where(counts > 0, sums / counts, 0.0).mean(0)
                 means |= dict(zip(names, values.tolist()))
                 rows.clear()
+        self._seen.clear()
         return means

@@ -74,7 +74,12 @@ class Reference:
         return self.compute(batch)
 
     @torch.no_grad()
+    def as_it_is(self, batch: Batch) -> Tensor:
+        """[S] float32, of the model as it stands: before training it is its own reference."""
+        return sequence_logps(batch, batch_logprobs(self.policy, batch).logprobs, self.ld_alpha)
+
+    @torch.no_grad()
     def compute(self, batch: Batch) -> Tensor:
         """[S] float32, by a forward now."""
         with self.as_reference():
-            return sequence_logps(batch, batch_logprobs(self.policy, batch).logprobs, self.ld_alpha)
+            return self.as_it_is(batch)

@@ -120,6 +120,21 @@ class OwnFields(BaseModel):
         512, "dpo: longest prompt, in tokens; its last ones are kept.", origin="Firefly", ge=1
     )
     beta: Number = _own(0.1, "dpo: how strongly the model is held to the reference.", origin="Firefly", gt=0)
+    loss_type: Literal[
+        "sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
+        "apo_zero", "apo_down", "aot", "aot_unpaired", "discopop",
+    ] = _own("sigmoid", "dpo: the loss, by TRL's name (docs/dpo.md).")  # fmt: skip
+    label_smoothing: Number = _own(
+        0.0, "dpo: the chance that a preference is the wrong way round; for cdpo, robust, exo_pair and aot.", ge=0, lt=1
+    )
+    rpo_alpha: Number | None = _own(
+        None, "dpo: weight of the chosen answers' negative log-probability, beside the loss. null: none.", ge=0
+    )
+    precompute_ref_log_probs: bool = _own(
+        False,
+        "dpo: compute the reference before training and keep it on disk, also where the model without its adapter is "
+        "the reference (elsewhere it is done anyway). Pays from two epochs on.",
+    )
 
     # Evaluation
     eval_file: str | list[str] = _own(

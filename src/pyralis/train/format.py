@@ -45,6 +45,11 @@ def loss_text(loss: float | None) -> str:
     return f"{loss:.4f}" if abs(loss) < 10 else f"{loss:.5g}"
 
 
+def rewards_text(accuracy: float | None, margin: float | None) -> str:
+    """ "rewards 81 % right, margin 0.412"; empty without them."""
+    return "" if accuracy is None or margin is None else f"rewards {percent_text(accuracy)} right, margin {margin:.3g}"
+
+
 def gib_text(gib: float | None) -> str:
     return "-" if gib is None else f"{gib:.2f} GiB" if gib < 10 else f"{gib:.1f} GiB"
 

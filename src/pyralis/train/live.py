@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pyralis.train.format import count_text, duration_text, gib_text, loss_text
+from pyralis.train.format import count_text, duration_text, gib_text, loss_text, rewards_text
 from pyralis.train.metrics import EvalMetrics, MetricsCallback, StepMetrics
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -125,10 +125,14 @@ class LiveLine(TrainerCallback):
         self._evaluating = None
         row = self.metrics.history[-1] if self.metrics.history else None
         if isinstance(row, EvalMetrics) and state.is_world_process_zero:
-            perplexity = f"{row.perplexity:.4g}"
+            beside = (
+                f"perplexity {row.perplexity:.4g}"
+                if row.perplexity is not None
+                else rewards_text(row.reward_accuracy, row.reward_margin)
+            )
             took = f"   {duration_text(row.seconds)}" if row.seconds is not None else ""
             self.console.print(
-                f"step {row.step:>{self._digits}}  eval loss {loss_text(row.loss)}  perplexity {perplexity}{took}",
+                f"step {row.step:>{self._digits}}  eval loss {loss_text(row.loss)}  {beside}{took}",
                 markup=False,
             )
 
@@ -171,9 +175,10 @@ class LiveLine(TrainerCallback):
             f"{count_text(row.supervised_tokens_per_second):>5} sup tok/s",
             f"{count_text(row.total_tokens_per_second):>5} tok/s",
             f"{gib_text(_memory(row)):>8}",
+            rewards_text(row.reward_accuracy, row.reward_margin),
             self._time_text(row),
         ]
-        return "  ".join(parts)
+        return "  ".join(part for part in parts if part)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         unicode = (options.encoding or "").lower().startswith("utf")
@@ -196,6 +201,7 @@ class LiveLine(TrainerCallback):
             progress,
             Part(8, "bold green" if math.isfinite(row.loss) else "bold red", [f"loss {loss_text(row.loss)}"]),
             Part(3, "green", [sparks[-size:] for size in (20, 14, 10, 6)]),
+            Part(6, "cyan", [rewards_text(row.reward_accuracy, row.reward_margin), ""]),
             Part(5, "", [f"lr {row.learning_rate:.1e}".replace("e-0", "e-").replace("e+00", "")]),
             Part(5, "", [f"grad {_norm(row.grad_norm)}"]),
             Part(6, "", [f"{supervised} sup tok/s", f"{supervised} sup/s"]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -41,6 +41,10 @@ class StepMetrics:
     elapsed_seconds: float
     mfu: float | None = None
     window_steps: int = 1
+    reward_chosen: float | None = None  # these four of preference training: means over the window's pairs
+    reward_rejected: float | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,13 @@ class EvalMetrics:
     step: int
     epoch: float
     loss: float
-    perplexity: float
+    perplexity: float | None  # None for preferences
     tokens: int | None
     seconds: float | None
+    reward_chosen: float | None = None
+    reward_rejected: float | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,12 @@ class RunEvent:
     message: str = ""
 
 
+def rewards_of(logs: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
+    """The `reward_` fields, from what a preference trainer logs; None where it logs none."""
+    names = {"chosen": "chosen", "rejected": "rejected", "margin": "margins", "accuracy": "accuracies"}
+    return {f"reward_{ours}": logs.get(f"{prefix}rewards/{theirs}") for ours, theirs in names.items()}
+
+
 Metric: TypeAlias = StepMetrics | EvalMetrics | RunEvent
 _KINDS: dict[str, type[StepMetrics] | type[EvalMetrics] | type[RunEvent]] = {
     "train": StepMetrics,
@@ -79,6 +93,7 @@ _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
 def to_json(metric: Metric) -> str:
     """One line of `metrics.jsonl`, without its newline."""
     row: dict[str, Any] = {"kind": _KIND_OF[type(metric)], **asdict(metric)}
+    row = {k: v for k, v in row.items() if v is not None or not k.startswith("reward_")}
     odd = {k: str(v) for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     if odd:
         row |= dict.fromkeys(odd) | {"not_finite": odd}

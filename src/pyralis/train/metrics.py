@@ -19,6 +19,7 @@ from pyralis.train.metric_rows import (
     RunEvent,
     StepMetrics,
     read_metrics,
+    rewards_of,
 )
 
 __all__ = [
@@ -103,6 +104,7 @@ class MetricsCallback(TrainerCallback):
             elapsed_seconds=self._elapsed(),
             mfu=self.mfu(total / seconds) if self.mfu else None,
             window_steps=state.global_step - self._window_step,
+            **rewards_of(logs),
         )
         self._record(self.latest)
         if not math.isfinite(self.latest.loss) and not self._seen("nan"):
@@ -115,15 +117,17 @@ class MetricsCallback(TrainerCallback):
         metrics: dict[str, Any] = kwargs["metrics"]
         if (loss := metrics.get("eval_loss")) is None:
             return
+        rewards = rewards_of(metrics, "eval_")
         perplexity = math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
         self._record(
             EvalMetrics(
                 step=state.global_step,
                 epoch=state.epoch or 0.0,
                 loss=loss,
-                perplexity=perplexity,
+                perplexity=perplexity if rewards["reward_margin"] is None else None,
                 tokens=metrics.get("eval_tokens"),
                 seconds=metrics.get("eval_runtime"),
+                **rewards,
             )
         )
 

@@ -174,9 +174,6 @@ OLD_NAMES: dict[str, OldName] = {
     "padding_free": _dropped("TRL", "packing says it"),
     "use_liger": _renamed("TRL", "use_liger_kernel"),
     "model_init_kwargs": _refused("TRL", "Give dtype, attn_implementation and model_revision."),
-    "loss_type": _refused(
-        "TRL", "dpo has the sigmoid loss, sft cross-entropy.", harmless=(None, "sigmoid", ["sigmoid"], "nll")
-    ),
     "lora_r": _renamed("PEFT", "lora_rank"),
     "r": _renamed("PEFT", "lora_rank"),
     "target_modules": OldName("PEFT", ("lora_target_modules",), "PEFT's name", _lora_target),
@@ -199,7 +196,8 @@ OLD_NAMES: dict[str, OldName] = {
     "cutoff_len": _renamed(_FACTORY, "max_seq_length"),
     "lora_target": OldName(_FACTORY, ("lora_target_modules",), "LLaMA-Factory's name", _lora_target),
     "pref_beta": _renamed(_FACTORY, "beta"),
-    "pref_loss": _refused(_FACTORY, "dpo has the sigmoid loss.", harmless=(None, "sigmoid")),
+    "pref_loss": _renamed(_FACTORY, "loss_type"),
+    "pref_ftx": _renamed(_FACTORY, "rpo_alpha"),
     "flash_attn": _renamed(_FACTORY, "attn_implementation", values=_ATTENTION),
     "val_size": OldName(_FACTORY, ("eval_split",), "LLaMA-Factory's name", _val_size),
     "preprocessing_num_workers": _renamed(_FACTORY, "tokenize_num_workers"),

@@ -108,6 +108,10 @@ def final_panel(info: FinalInfo) -> RenderableType:
         change = f"{loss_text(summary.first_eval_loss)} → {loss_text(summary.last_eval_loss)}"
         best = f"lowest {loss_text(summary.best_eval_loss)} at step {summary.best_eval_step}"
         _add(table, "eval loss", _joined(change, best if summary.best_eval_step is not None else None))
+    if (rewards := summary.rewards) is not None:
+        right = f"{percent_text(rewards.first_accuracy)} → {percent_text(rewards.last_accuracy)} right"
+        margin = f"margin {rewards.first_margin:.3g} → {rewards.last_margin:.3g}"
+        _add(table, "rewards", _joined(right, margin, "on the evaluation data" if rewards.evaluated else None))
     _add(table, "time", _joined(duration_text(summary.seconds), number_of(summary.steps, "step")))
     if summary.supervised_tokens_per_second is not None and summary.total_tokens_per_second is not None:
         supervised = f"{count_text(summary.supervised_tokens_per_second)} supervised tokens/s"

@@ -21,6 +21,7 @@ from pyralis.train import format as numbers
 from pyralis.train.environment import Environment
 from pyralis.train.metric_rows import Metric
 from pyralis.train.panel import StartupInfo
+from pyralis.train.reward_chart import reward_chart
 from pyralis.train.summary import summarise
 from pyralis.train.svg import LengthBin, length_chart, loss_chart, loss_points
 
@@ -110,6 +111,7 @@ def render_report(info: ReportInfo) -> str:
         warnings=[*info.startup.warnings, *info.warnings],
         chart=loss_chart(info.metrics),
         points=loss_points(info.metrics),
+        rewards=reward_chart(info.metrics),
         lengths=length_chart(info.data.lengths) if info.data and info.data.lengths else None,
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),

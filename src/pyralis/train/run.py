@@ -33,6 +33,7 @@ from pyralis.train.checkpoint import (
     write_json,
 )
 from pyralis.train.config import LoadedConfig, TrainConfig, config_from_dict, load_config
+from pyralis.train.dpo_run import PreferenceTrainer, dpo_loss
 from pyralis.train.interrupt import GracefulStop, StopCallback
 from pyralis.train.libraries import check_libraries
 from pyralis.train.live import LiveLine
@@ -105,11 +106,6 @@ def train(
     """
     loaded = _checked(config, overrides)
     config = loaded.config
-    if config.task_type == "dpo":
-        raise ConfigError(
-            "task_type: dpo is not trained yet: DPO comes with the next release. Its configs are checked "
-            "(`pyralis train CONFIG --check`), and its data is read (`pyralis data CONFIG`)."
-        )
     check_files(config)
     check_libraries(config)
     main = is_main_process()
@@ -169,21 +165,17 @@ def _run(
 ) -> TrainResult:
     output_dir = Path(config.output_dir)
     with refusals_named():
-        trainer = PyralisTrainer(
-            model=model.model,
-            args=arguments,
-            train_dataset=prepared.data.train,
-            eval_dataset=prepared.data.eval,
-            data_collator=Collator.for_tokenizer(prepared.tokenizer),
-            processing_class=prepared.tokenizer,
-            template=prepared.template,
-            base_name=base_name(config),
-            embedding_learning_rate=config.embedding_learning_rate,
-        )
+        trainer = _trainer(config, arguments, prepared, model)
     if start.checkpoint is not None:
         restore_counts(trainer, start.checkpoint)
     if prepared.template is not None:
         install_template(prepared.template, prepared.tokenizer)
+
+    if isinstance(trainer, PreferenceTrainer):
+        rows = len(prepared.data.train) + (0 if prepared.data.eval is None else len(prepared.data.eval))
+        with console.status("computing the reference") as shown:
+            trainer.prepare_reference(lambda done: shown.update(f"computing the reference: {done:,} of {rows:,} pairs"))
+        notes = [*notes, *trainer.notes]
 
     questions = list(config.sample_prompts or ()) if prepared.template is not None else []
     before = _answers(config, prepared, model, questions, console, "before")
@@ -232,6 +224,22 @@ def _run(
         console.print(final_panel(final_info(config, summary, files, interrupted, samples, next_commands)))
     trainer.accelerator.wait_for_everyone()
     return TrainResult(status, output_dir, summary, files, samples)
+
+
+def _trainer(
+    config: TrainConfig, arguments: TrainingArguments, prepared: PreparedData, model: PreparedModel
+) -> PyralisTrainer:
+    common: dict[str, Any] = {
+        "train_dataset": prepared.data.train,
+        "eval_dataset": prepared.data.eval,
+        "processing_class": prepared.tokenizer,
+        "template": prepared.template,
+        "base_name": base_name(config),
+        "embedding_learning_rate": config.embedding_learning_rate,
+    }
+    if config.task_type == "dpo":
+        return PreferenceTrainer(model.model, arguments, loss=dpo_loss(config), config=config, **common)
+    return PyralisTrainer(model.model, arguments, Collator.for_tokenizer(prepared.tokenizer), **common)
 
 
 def _answers(

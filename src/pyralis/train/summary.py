@@ -24,6 +24,18 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Rewards:
+    """Of preference training: how often the chosen answer had the higher reward, and by how much, first and last
+    logged; on the evaluation data where there is some."""
+
+    first_accuracy: float
+    last_accuracy: float
+    first_margin: float
+    last_margin: float
+    evaluated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RunSummary:
     """Losses are the logged ones (means over their window); rates are of the whole run, evaluation and saving aside."""
 
@@ -43,6 +55,7 @@ class RunSummary:
     peak_memory_gib: float | None
     peak_host_memory_gib: float | None
     verdict: Verdict
+    rewards: Rewards | None = None
 
 
 def summarise(metrics: Sequence[Metric]) -> RunSummary:
@@ -70,7 +83,18 @@ def summarise(metrics: Sequence[Metric]) -> RunSummary:
             (m.peak_host_memory_gib for m in steps if m.peak_host_memory_gib is not None), default=None
         ),
         verdict=_verdict(steps, evals, events, best),
+        rewards=_rewards(evals) or _rewards(steps),
     )
+
+
+def _rewards(rows: Sequence[StepMetrics] | Sequence[EvalMetrics]) -> Rewards | None:
+    found = [(m.reward_accuracy, m.reward_margin) for m in rows]
+    known = [(accuracy, margin) for accuracy, margin in found if accuracy is not None and margin is not None]
+    if not known:
+        return None
+    (first_accuracy, first_margin), (last_accuracy, last_margin) = known[0], known[-1]
+    evaluated = isinstance(rows[0], EvalMetrics)
+    return Rewards(first_accuracy, last_accuracy, first_margin, last_margin, evaluated)
 
 
 def _mean_rate(steps: Sequence[StepMetrics], name: str) -> float | None:

@@ -31,7 +31,7 @@ class LengthBin:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scale:
+class Scale:
     """Maps values in [low, high] to pixels in [start, end]."""
 
     low: float
@@ -88,31 +88,33 @@ def loss_chart(metrics: Sequence[Metric]) -> Markup:
     """Raw, smoothed and evaluation loss above the learning rate. Without scripts the points still have tooltips."""
     steps, evals, x, y = _scales(metrics)
     highest = max((m.learning_rate for m in steps if math.isfinite(m.learning_rate)), default=0.0) or 1.0
-    rate = _Scale(0.0, highest, RATE_BOTTOM, RATE_TOP)
+    rate = Scale(0.0, highest, RATE_BOTTOM, RATE_TOP)
     shown, smoothed = [steps[i] for i in thin(steps)], smooth_losses(steps)
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss by step">']
     for value in nice_ticks(y.low, y.high, 6):
-        parts.append(_line("grid", LEFT, y(value), WIDTH - RIGHT, y(value)))
-        parts.append(_text("tick end", LEFT - 8, y(value) + 4, f"{value:.4g}"))
+        parts.append(chart_line("grid", LEFT, y(value), WIDTH - RIGHT, y(value)))
+        parts.append(chart_text("tick end", LEFT - 8, y(value) + 4, f"{value:.4g}"))
     for value in (0.0, highest):
-        parts.append(_line("grid", LEFT, rate(value), WIDTH - RIGHT, rate(value)))
-        parts.append(_text("tick end", LEFT - 8, rate(value) + 4, _rate_text(value)))
+        parts.append(chart_line("grid", LEFT, rate(value), WIDTH - RIGHT, rate(value)))
+        parts.append(chart_text("tick end", LEFT - 8, rate(value) + 4, _rate_text(value)))
     whole = [v for v in nice_ticks(x.low, x.high, 8) if v == int(v)]
-    parts += [_text("tick middle", x(v), RATE_BOTTOM + 18, f"{v:.0f}") for v in whole]
-    parts.append(_path("raw", [(x(m.step), y(m.loss)) for m in shown]))
-    parts.append(_path("train", [(x(steps[i].step), y(smoothed[i])) for i in thin(steps)]))
-    parts.append(_path("eval", [(x(m.step), y(m.loss)) for m in evals]))
-    parts.append(_path("rate", [(x(m.step), rate(m.learning_rate)) for m in shown]))
+    parts += [chart_text("tick middle", x(v), RATE_BOTTOM + 18, f"{v:.0f}") for v in whole]
+    parts.append(chart_path("raw", [(x(m.step), y(m.loss)) for m in shown]))
+    parts.append(chart_path("train", [(x(steps[i].step), y(smoothed[i])) for i in thin(steps)]))
+    parts.append(chart_path("eval", [(x(m.step), y(m.loss)) for m in evals]))
+    parts.append(chart_path("rate", [(x(m.step), rate(m.learning_rate)) for m in shown]))
     for row in shown:
         if math.isfinite(row.loss):
             lone = " lone" if len(shown) < 3 else ""
-            parts.append(_dot(f"point{lone}", x(row.step), y(row.loss), f"step {row.step}: loss {loss_text(row.loss)}"))
+            parts.append(
+                chart_dot(f"point{lone}", x(row.step), y(row.loss), f"step {row.step}: loss {loss_text(row.loss)}")
+            )
         else:
-            parts.append(_line("broken", x(row.step), LOSS_TOP, x(row.step), LOSS_BOTTOM))
+            parts.append(chart_line("broken", x(row.step), LOSS_TOP, x(row.step), LOSS_BOTTOM))
     for measured in evals:
         if math.isfinite(measured.loss):
             tip = f"step {measured.step}: eval loss {loss_text(measured.loss)}"
-            parts.append(_dot("eval", x(measured.step), y(measured.loss), tip))
+            parts.append(chart_dot("eval", x(measured.step), y(measured.loss), tip))
     parts.append(_end_labels(steps, evals, x, y))
     return Markup("".join(parts) + "</svg>")
 
@@ -120,32 +122,32 @@ def loss_chart(metrics: Sequence[Metric]) -> Markup:
 def length_chart(bins: Sequence[LengthBin]) -> Markup:
     """A histogram of row lengths in tokens."""
     bottom, height = 150, 174
-    x = _Scale(bins[0].start, bins[-1].end, LEFT, WIDTH - 8)
-    y = _Scale(0, max(b.count for b in bins) or 1, bottom, 12)
+    x = Scale(bins[0].start, bins[-1].end, LEFT, WIDTH - 8)
+    y = Scale(0, max(b.count for b in bins) or 1, bottom, 12)
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="rows by length in tokens">']
     for value in (v for v in nice_ticks(0, y.high, 3) if v == int(v)):
-        parts.append(_line("grid", LEFT, y(value), WIDTH - 8, y(value)))
-        parts.append(_text("tick end", LEFT - 8, y(value) + 4, f"{value:,.0f}"))
+        parts.append(chart_line("grid", LEFT, y(value), WIDTH - 8, y(value)))
+        parts.append(chart_text("tick end", LEFT - 8, y(value) + 4, f"{value:,.0f}"))
     for b in bins:
         tip = f"<title>{b.start:,} to {b.end - 1:,} tokens: {b.count:,} rows</title>"
         size = f'width="{max(x(b.end) - x(b.start) - 1, 1):.1f}" height="{bottom - y(b.count):.1f}"'
         parts.append(f'<rect class="length" x="{x(b.start)}" y="{y(b.count)}" {size} rx="1">{tip}</rect>')
-    parts += [_text("tick middle", x(v), bottom + 18, f"{v:,.0f}") for v in nice_ticks(x.low, x.high, 8)]
+    parts += [chart_text("tick middle", x(v), bottom + 18, f"{v:,.0f}") for v in nice_ticks(x.low, x.high, 8)]
     return Markup("".join(parts) + "</svg>")
 
 
-def _scales(metrics: Sequence[Metric]) -> tuple[list[StepMetrics], list[EvalMetrics], _Scale, _Scale]:
+def _scales(metrics: Sequence[Metric]) -> tuple[list[StepMetrics], list[EvalMetrics], Scale, Scale]:
     steps = [m for m in metrics if isinstance(m, StepMetrics)]
     evals = [m for m in metrics if isinstance(m, EvalMetrics)]
     places = [m.step for m in steps] + [m.step for m in evals] or [0]
     losses = [v for v in [m.loss for m in steps] + [m.loss for m in evals] if math.isfinite(v)] or [0.0]
     low, high = min(losses), max(losses)
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    y = _Scale(max(low - margin, 0.0) if low >= 0 else low - margin, high + margin, LOSS_BOTTOM, LOSS_TOP)
-    return steps, evals, _Scale(min(places), max(places), LEFT, WIDTH - RIGHT), y
+    y = Scale(max(low - margin, 0.0) if low >= 0 else low - margin, high + margin, LOSS_BOTTOM, LOSS_TOP)
+    return steps, evals, Scale(min(places), max(places), LEFT, WIDTH - RIGHT), y
 
 
-def _end_labels(steps: Sequence[StepMetrics], evals: Sequence[EvalMetrics], x: _Scale, y: _Scale) -> str:
+def _end_labels(steps: Sequence[StepMetrics], evals: Sequence[EvalMetrics], x: Scale, y: Scale) -> str:
     """The last values beside their curves, moved apart where they would overlap."""
     ends = [
         (kind, y(last.loss), loss_text(last.loss))
@@ -158,10 +160,10 @@ def _end_labels(steps: Sequence[StepMetrics], evals: Sequence[EvalMetrics], x: _
             (*ends[0][:1], ends[0][1] - overlap / 2, ends[0][2]),
             (*ends[1][:1], ends[1][1] + overlap / 2, ends[1][2]),
         ]
-    return "".join(_text(f"value {kind}", x.end + 8, place + 4, text) for kind, place, text in ends)
+    return "".join(chart_text(f"value {kind}", x.end + 8, place + 4, text) for kind, place, text in ends)
 
 
-def _path(kind: str, points: Sequence[tuple[float, float]]) -> str:
+def chart_path(kind: str, points: Sequence[tuple[float, float]]) -> str:
     """A line through the points, interrupted where one is not finite."""
     commands, pen = [], "M"
     for px, py in points:
@@ -171,15 +173,15 @@ def _path(kind: str, points: Sequence[tuple[float, float]]) -> str:
     return f'<path class="{kind}" d="{"".join(commands)}"/>' if len(commands) > 1 else ""
 
 
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def chart_line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line class="{kind}" x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>'
 
 
-def _text(kind: str, x: float, y: float, text: str) -> str:
+def chart_text(kind: str, x: float, y: float, text: str) -> str:
     return f'<text class="{kind}" x="{x:g}" y="{y:g}">{text}</text>'
 
 
-def _dot(kind: str, x: float, y: float, tip: str) -> str:
+def chart_dot(kind: str, x: float, y: float, tip: str) -> str:
     return f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="3.5"><title>{tip}</title></circle>'
 
 
