@@ -119,7 +119,7 @@ def test_the_index_lists_every_page() -> None:
     assert missing == ["README.md"]
 
 
-@pytest.mark.parametrize("package", ["data", "lora", "train", "export", "serve", "verify"])
+@pytest.mark.parametrize("package", ["data", "lora", "train", "export", "serve", "api", "verify"])
 def test_the_architecture_page_names_every_file(package: str) -> None:
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(rf"\b{package}/(\w+\.py)", page))
