@@ -76,7 +76,8 @@ class DenseBase:
                 assert state.A is not None
                 stack.buffer[N : state.rows, :K].copy_(state.A)
                 stack.owner, stack.stale = state, False
-            found.append(stack.buffer[: state.rows, : state.columns])
+            whole = stack.buffer.shape == (state.rows, state.columns)
+            found.append(stack.buffer if whole else stack.buffer[: state.rows, : state.columns])
         return tuple(found)
 
     def adapters_changed(self) -> None:

@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyralis.models.block_forward import forward_to_product, normed_again, rotated
+from pyralis.models.block_forward import forward_to_product, gate_and_up, normed_again, rotated
 from pyralis.models.block_parts import Activations, Context, linear_backward, norm_backward, wide_gradient
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.group_state import GroupState
 from pyralis.models.policy import SavePolicy
 from pyralis.ops.attention import AttentionLayout, attention_backward
-from pyralis.ops.glu import glu_backward, glu_forward, split_gate_up
+from pyralis.ops.glu import glu_backward, glu_forward
 from pyralis.ops.rope import rope_backward
 
 
@@ -36,7 +36,7 @@ def _mlp_backward(c: Context, a: Activations, flat: FlatGradients, dy: Tensor) -
     """The gradient of the residual stream before the MLP, [T, H]."""
     spec, state = c.spec, c.state
     assert a.gate_up is not None
-    gate, up = split_gate_up(a.gate_up[:, : state.gate_up.group.out_features])
+    gate, up = gate_and_up(c, a.gate_up)
     branch = dy if spec.residual_multiplier == 1 else dy * spec.residual_multiplier
     if spec.post_mlp_norm is not None:
         assert a.d is not None
@@ -81,11 +81,12 @@ def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dheads: Tenso
     assert a.qkv is not None
     assert a.attention is not None
     attention = a.attention
-    if not len(attention.q):  # the policy dropped them
+    if not attention.q.shape[0]:  # the policy dropped them
         q, k, _ = rotated(c, a)
         attention = replace(attention, q=q, k=k)
-    dqkv = wide_gradient(c.state.qkv, len(a.qkv), a.qkv.dtype, a.qkv.device)
-    to_q, to_k, to_v = dqkv[:, : a.qkv.shape[1]].split(spec.qkv_features, 1)
+    dqkv = wide_gradient(c.state.qkv, a.qkv.shape[0], a.qkv.dtype, a.qkv.device)
+    room = dqkv.shape[1] - a.qkv.shape[1]
+    to_q, to_k, to_v, _ = dqkv.split_with_sizes((*spec.qkv_features, room), 1)
     dq, dk, dv = attention_backward(dheads, attention)
     to_v.copy_(dv)
     weights = () if norm is None else (norm.q_weight, norm.k_weight)

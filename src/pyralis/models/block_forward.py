@@ -45,7 +45,7 @@ def block_forward(c: Context, x: Tensor, layout: AttentionLayout) -> tuple[Tenso
 
 def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activations:
     """All of a layer before the down projection."""
-    spec, state, T = c.spec, c.state, len(x)
+    spec, state, T = c.spec, c.state, x.shape[0]
     a = Activations(x=x)
     a.y1 = wide_rows(state.qkv, T, state.dtype, x.device)
     _, a.stats1 = norm_forward(spec.input_norm, state, x, a.y1)
@@ -69,19 +69,26 @@ def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activa
     a.xa3 = project(state.gate_up, a.y2, c.rng)
     a.gate_up = linear_with_room(state.gate_up, a.y2, c.matrices[2])
     a.product = wide_rows(state.down, T, state.dtype, x.device)
-    glu_forward(*split_gate_up(a.gate_up[:, : state.gate_up.group.out_features]), spec.activation, out=a.product)
+    glu_forward(*gate_and_up(c, a.gate_up), spec.activation, out=a.product)
     a.xa4 = project(state.down, a.product, c.rng)
     return a
+
+
+def gate_and_up(c: Context, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [T, I] of [T, 2 I], or of that with room."""
+    N = c.state.gate_up.group.out_features
+    return split_gate_up(gate_up if gate_up.shape[1] == N else gate_up[:, :N])
 
 
 def rotated(c: Context, a: Activations) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v for attention, [T, heads * head_dim]: in place in a.qkv, or beside it where norms read it again."""
     assert a.qkv is not None
     attention, widths, norm = c.spec.attention, c.spec.qkv_features, c.qk_norm()
-    q, k, v = a.qkv.split(widths, 1)
+    q, k, v = a.qkv.split_with_sizes(widths, 1)
     new_q, new_k = q, k
     if norm is not None:
-        new_q, new_k = torch.empty((len(q), widths[0] + widths[1]), dtype=q.dtype, device=q.device).split(widths[:2], 1)
+        both = torch.empty((q.shape[0], widths[0] + widths[1]), dtype=q.dtype, device=q.device)
+        new_q, new_k = both.split_with_sizes(widths[:2], 1)
     shape = (q.shape[0], -1, attention.head_dim)
     q, k = q.view(shape), k.view(shape)
     outputs = (q, k) if norm is None else (new_q.view(shape), new_k.view(shape))

@@ -126,13 +126,16 @@ def project(group: GroupState, x_wide: Tensor, rng: Tensor | None) -> Tensor | N
 
 def linear(group: GroupState, x_wide: Tensor, matrix: Tensor, *, residual: Tensor | None = None) -> Tensor:
     """y [T, N] with bias, LoRA and residual."""
-    return lora_forward(group.group, x_wide, matrix, B=group.B, bias=group.bias, residual=residual)
+    return lora_forward(group.group, x_wide, group.weight(matrix), bias=group.bias, residual=residual)
 
 
 def linear_with_room(group: GroupState, x_wide: Tensor, matrix: Tensor) -> Tensor:
     """y in the first columns of `wide_gradient`."""
-    y = wide_gradient(group, len(x_wide), matrix.dtype, x_wide.device)
-    lora_forward(group.group, x_wide, matrix, B=group.B, bias=group.bias, out=y[:, : group.group.out_features])
+    y = wide_gradient(group, x_wide.shape[0], matrix.dtype, x_wide.device)
+    N = group.group.out_features
+    lora_forward(
+        group.group, x_wide, group.weight(matrix), bias=group.bias, out=y if y.shape[1] == N else y[:, :N]
+    )  # fmt: skip
     return y
 
 
@@ -178,25 +181,25 @@ def linear_backward(
 
     dy: [T, N], or that of `wide_gradient`. x [T, K or K + P]: only for dropout, whose one pass over x yields dA and dx.
     """
-    g = group.group
+    g, T, dtype, device = group.group, dy.shape[0], matrix.dtype, dy.device
     gradients = GroupGradients.of(flat, g, group.trained, dy)
-    dx = torch.empty((len(dy), g.in_features), dtype=matrix.dtype, device=dy.device)
+    dx = torch.empty((T, g.in_features), dtype=dtype, device=device)
     A = dx[:0] if group.A is None else group.A
     dropout = rng is not None and g.has_dropout
     dy_wide = None
     if group.wide and not dropout:
-        is_wide = dy.shape[1] > g.out_features
-        dy_wide = dy if is_wide else wide_gradient(group, len(dy), matrix.dtype, dy.device)
+        dy_wide = dy if dy.shape[1] > g.out_features else wide_gradient(group, T, dtype, device)
         t = dy_wide[:, g.out_features :]
     else:
-        t = torch.empty((len(dy), g.pad), dtype=matrix.dtype, device=dy.device)
-    dy = dy[:, : g.out_features]
+        t = torch.empty((T, g.pad), dtype=dtype, device=device)
+    if dy.shape[1] > g.out_features:
+        dy = dy[:, : g.out_features]
     lora, deferred = gradients.lora, None
     if not dropout:
         lora, deferred = gradients.without_A, gradients.lora.A
     x = x[:, : g.in_features] if dropout and x is not None else dx  # not read without dropout
     lora_backward(
-        g, dy, matrix, x, dy if xa is None else xa, A, lora,
-        B=group.B, dy_wide=dy_wide, t=t, dx=dx, rng=rng if dropout else None, stream=group.stream,
+        g, dy, group.weight(matrix), x, dy if xa is None else xa, A, lora,
+        dy_wide=dy_wide, t=t, dx=dx, rng=rng if dropout else None, stream=group.stream,
     )  # fmt: skip
     return LinearBackward(group, gradients, dy, dx, t, deferred)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from pyralis.models.gradients import TrainedGroup
 from pyralis.models.spec import Projection
 from pyralis.ops._triton import gpu_of
 from pyralis.ops.lora_group import LoraGroup, LoraProjection, combine_bias, concatenates
+from pyralis.ops.lora_weight import LoraWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class GroupState:
     bias: Tensor | None  # [N]
     stream: int  # of the first adapter's dropout
     trained: TrainedGroup
+    views: list[LoraWeight] = field(default_factory=list)  # at most one: of the matrix last asked for
 
     @property
     def columns(self) -> int:
@@ -54,6 +56,12 @@ class GroupState:
     def rows(self) -> int:
         """N + P, or N."""
         return self.group.height if self.wide else self.group.out_features
+
+    def weight(self, matrix: Tensor) -> LoraWeight:
+        """The views of one of `Base.matrices`, made once."""
+        if not self.views or self.views[0].whole is not matrix:
+            self.views[:] = [LoraWeight.of(self.group, matrix, self.B)]
+        return self.views[0]
 
     @property
     def adds_biases(self) -> bool:

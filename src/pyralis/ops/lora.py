@@ -26,6 +26,7 @@ from pyralis.ops.gemm import column_sums, gemm
 from pyralis.ops.lora_dropout import project, project_backward
 from pyralis.ops.lora_grad_b import grad_B
 from pyralis.ops.lora_group import LoraGroup
+from pyralis.ops.lora_weight import LoraWeight
 
 ADDS_IN_GEMM = True  # t A comes before the GEMM, which adds to it; False: after it, by a pass of its own
 
@@ -67,8 +68,7 @@ def lora_project(
     A: [P, K] as `stack_A` makes it, or its first R rows. rng: None for no dropout; else see `lora_dropout.py`, where
     `stream` (group.adapted many are used) and the workspace [T, K] are described.
     """
-    K = group.in_features
-    x, xa = x_wide[:, :K], x_wide[:, K:]
+    x, xa = x_wide.split_with_sizes((group.in_features, group.pad), 1)
     runs = group.runs
     if len(runs) == 1 and (rng is None or not group.has_dropout) and len(A) == group.pad:
         xa.addmm_(x, A.t(), beta=0, alpha=runs[0].like.scale)  # the zero rows of A fill the columns after R
@@ -87,7 +87,7 @@ def lora_project(
 def lora_forward(
     group: LoraGroup,
     x_wide: Tensor,
-    weight: Tensor,
+    weight: Tensor | LoraWeight,
     *,
     B: Sequence[Tensor | None] | None = None,
     bias: Tensor | None = None,
@@ -96,30 +96,28 @@ def lora_forward(
 ) -> Tensor:
     """y [T, N] = x W^T + xa B^T + bias + residual from x_wide [T, K + P] with its LoRA columns filled.
 
-    weight: [N or N + P, K + P] with B in it, or of K columns with B given; rows after N are not read. bias: [N], from
-    `combine_bias`. residual: [T, N], added before the sum is rounded; it may be `out`. out: [T, N], any row stride.
+    weight: [N or N + P, K + P] with B in it, or of K columns with B given; rows after N are not read. Or its views,
+    which then have B. bias: [N], from `combine_bias`. residual: [T, N], added before the sum is rounded; it may be
+    `out`. out: [T, N], any row stride.
     """
-    N, K = group.out_features, group.in_features
-    if out is None:
-        out = torch.empty((len(x_wide), N), dtype=x_wide.dtype, device=x_wide.device)
-    x, w = x_wide[:, : weight.shape[1]], weight[:N].t()
+    w = weight if isinstance(weight, LoraWeight) else LoraWeight.of(group, weight, B)
+    K, depth = group.in_features, w.across.shape[0]
+    x = x_wide if x_wide.shape[1] == depth else x_wide[:, :depth]
     start = bias if residual is None else residual
-    if start is None:
-        torch.mm(x, w, out=out)
-    else:
-        torch.addmm(start, x, w, out=out)
+    y = torch.mm(x, w.across, out=out) if start is None else torch.addmm(start, x, w.across, out=out)
     if residual is not None and bias is not None:
-        out.add_(bias)
-    if weight.shape[1] == K and group.rank:
-        for j, rows, columns in _adapters(group):
-            out[:, rows].addmm_(x_wide[:, K:][:, columns], _given(B, j).t())
-    return out
+        y.add_(bias)
+    if depth == K and group.rank:
+        xa = x_wide[:, K:]
+        for j in group.adapted:
+            y[:, group.rows[j]].addmm_(xa[:, group.columns[j]], w.given_B(j).t())
+    return y
 
 
 def lora_backward(
     group: LoraGroup,
     dy: Tensor,
-    weight: Tensor,
+    weight: Tensor | LoraWeight,
     x: Tensor,
     xa: Tensor,
     A: Tensor,
@@ -137,19 +135,20 @@ def lora_backward(
 
     dy [T, N]; x [T, K] may have been computed anew, and is not read where gradients.A is None; xa [T, P or R] is what
     `lora_project` returned; A, B, weight, rng and stream as in the forward, with rng holding what it held then. All of
-    any row stride. weight: of N + P rows where A [P, K] lies in the last ones.
+    any row stride. weight: of N + P rows where A [P, K] lies in the last ones; or its views, which then have B.
     dy_wide [T, N + P]: for [dy | t], where dy may lie already; made by default where weight has A's rows and dropout is
     off, not used elsewhere: there t [T, P] is where s dy B goes. dA = t^T x can be made later of either.
     """
-    T, N, K = len(dy), group.out_features, group.in_features
+    w = weight if isinstance(weight, LoraWeight) else LoraWeight.of(group, weight, B)
+    T, N, K = dy.shape[0], group.out_features, group.in_features
     if dx is None:
         dx = torch.empty((T, K), dtype=x.dtype, device=x.device)
     if gradients.bias is not None:
         column_sums(dy, gradients.bias, gradients.accumulate)
     if not group.rank:
-        return torch.mm(dy, weight[:N], out=dx)
+        return torch.mm(dy, w.W, out=dx)
     dropout = rng is not None and group.has_dropout
-    in_one = len(weight) > N and not dropout
+    in_one = w.down is not None and not dropout
     copy = None
     if in_one:
         if dy_wide is None:
@@ -159,14 +158,14 @@ def lora_backward(
         t = dy_wide[:, N:]
     elif t is None:
         t = torch.empty((T, group.pad), dtype=dy.dtype, device=dy.device)
-    b = _beside(group, weight) if weight.shape[1] > K else B
-    assert b is not None, "a weight without LoRA columns needs B"
-    grad_B(group, dy, b, xa, t, gradients.B, dropout=dropout, accumulate=gradients.accumulate, copy=copy)
+    assert w.B is not None, "a weight without LoRA columns needs B"
+    grad_B(group, dy, w.B, xa, t, gradients.B, dropout=dropout, accumulate=gradients.accumulate, copy=copy)
     if in_one:
         assert dy_wide is not None
-        torch.mm(dy_wide, weight[:, :K], out=dx)
+        assert w.down is not None
+        torch.mm(dy_wide, w.down, out=dx)
     else:
-        W, A = weight[:N, :K], A[: group.pad]
+        W, A = w.W, A[: group.pad]
         if not ADDS_IN_GEMM:
             torch.mm(dy, W, out=dx)
         if rng is None or not dropout:
@@ -199,20 +198,3 @@ def _through_dropout(
             if dA is not None:
                 gemm(dA, t[:, part].t(), x, 1.0, gradients.accumulate)
         added = True
-
-
-def _adapters(group: LoraGroup) -> list[tuple[int, slice, slice]]:
-    return [(j, group.rows[j], group.columns[j]) for j in group.adapted]
-
-
-def _beside(group: LoraGroup, weight: Tensor) -> list[Tensor | None]:
-    """The B_j that lie beside W."""
-    columns = weight[:, group.in_features :]
-    return [columns[r, c] if p.rank else None for p, r, c in zip(group.projections, group.rows, group.columns)]
-
-
-def _given(B: Sequence[Tensor | None] | None, j: int) -> Tensor:
-    assert B is not None, "a weight without LoRA columns needs B"
-    matrix = B[j]
-    assert matrix is not None, f"projection {j} has a rank but no B"
-    return matrix
