@@ -61,3 +61,19 @@ def test_half_precision(name: str, layout: str, dtype: str, mode: str, tmp_path:
     assert report(model).fast_layers == 2, report(model).lines
     got, allowed = errors(fast, truth), errors(stock, truth)
     assert all(a <= 1.5 * b for a, b in zip(got, allowed)), (got, allowed)
+
+
+@pytest.mark.parametrize("name", ["gemma", "qwen2"])
+def test_a_residual_stream_beyond_float16(name: str) -> None:
+    """Gemma's and Qwen's leave float16's range. Over float32 embeddings they are float32, in stock and here."""
+    model = build_tiny_variant(name)
+    weight = model.get_input_embeddings().weight.detach() * 3e6
+    model.half().get_input_embeddings().weight = torch.nn.Parameter(weight)
+    model.lm_head = torch.nn.Linear(*reversed(weight.shape), bias=False).half()
+    model, inputs = with_lora(model, some=False), BATCHES[0]
+    truth, stock = measure_truth(model, inputs), measure_stock(model, inputs, torch.float16)
+    accelerate(model, families=EVERY)
+    fast = measure_fast(model, inputs, torch.float16)
+    assert report(model).fast_layers == 2, report(model).lines
+    got, allowed = errors(fast, truth), errors(stock, truth)
+    assert all(a <= 1.5 * b for a, b in zip(got, allowed)), (got, allowed)
