@@ -21,12 +21,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyralis.ops._triton import cdiv, gpu_of, launch, store_as, tl, triton
+from pyralis.ops._triton import Gpu, cdiv, gpu_of, launch, store_as, tl, triton
 from pyralis.ops.gemm import gemm
 from pyralis.ops.lora_dropout_kernels import columns_tile, operand
 from pyralis.ops.lora_group import LoraGroup, Run
 from pyralis.ops.lora_sums import AT_ONCE, sum_of
-from pyralis.ops.lora_tiles import TOGETHER, DotLaunch, reads_dy_once, span_of, supported
+from pyralis.ops.lora_tiles import TOGETHER, DotLaunch, Tile, reads_dy_once, span_of, supported
 
 SUM_BLOCK = 256
 Tensors = Sequence[Tensor | None]
@@ -41,7 +41,7 @@ def grad_B(
     dy [T, N], B_j [N_j, r_j], xa [T, R or P]; of any row stride. dropout: whether it is on, where a projection has any.
     The kernel's partial sums are allocated: float32, an eighth of dy's bytes up to rank 16, a quarter at rank 32.
     """
-    parts = _parts(group)
+    parts = _parts(group, gpu_of(dy.device))
     fused = [_fuses(part, dy, B, xa, t, dB) for part in parts]
     if copy is not None and not (fused[0] and len(group.projections) == 1):
         copy.copy_(dy)
@@ -70,19 +70,21 @@ class _Part:
     sizes: tuple[int, ...]  # features of each
     strips: tuple[int, ...]
     bounds: tuple[int, ...]  # where the three begin among dy's features, then where they end
-    plan: DotLaunch
+    tile: Tile
+    block_r: int
 
 
 @lru_cache
-def _parts(group: LoraGroup) -> tuple[_Part, ...]:
+def _parts(group: LoraGroup, gpu: Gpu) -> tuple[_Part, ...]:
     found = []
     for run in (whole.part(i, TOGETHER) for whole in group.runs for i in range(0, whole.count, TOGETHER)):
         members = group.adapted[run.first : run.first + run.count]
         three = tuple(members[min(i, len(members) - 1)] for i in range(TOGETHER))
         sizes, plan = tuple(group.projections[j].out_features for j in members), DotLaunch.of(run.like.rank)
         bounds = (*(group.rows[j].start for j in three), *(group.rows[j].stop for j in three))
-        strips = tuple(cdiv(n, plan.grad_B.columns) for n in sizes)
-        found.append(_Part(run, members, three, sizes, strips, bounds, plan))
+        tile = plan.grad_B_on(gpu)
+        strips = tuple(cdiv(n, tile.columns) for n in sizes)
+        found.append(_Part(run, members, three, sizes, strips, bounds, tile, plan.block_r))
     return tuple(found)
 
 
@@ -102,7 +104,7 @@ def _both(
     accumulate: bool, copy: Tensor | None,
 ) -> None:  # fmt: skip
     run, members, three, sizes, strips = part.run, part.members, part.three, part.sizes, part.strips
-    rank, T, device, tile = run.like.rank, dy.shape[0], dy.device, part.plan.grad_B
+    rank, T, device, tile = run.like.rank, dy.shape[0], dy.device, part.tile
     count, features = sum(strips), sum(sizes)
     splits = tile.splits(count, cdiv(T, 4 * tile.block_t), 1, gpu_of(device).sm_count)
     t_parts = torch.empty((count, T, rank), dtype=torch.float32, device=device)
@@ -113,7 +115,7 @@ def _both(
         T, span_of(T, tile.block_t, splits) * tile.block_t, strips[0], sum(strips[:2]), features, *part.bounds,
         dy.stride(0), _given(B, three[0]).stride(0), xa.stride(0), 0 if copy is None else copy.stride(0),
         device=device, num_warps=tile.warps, num_stages=tile.stages,
-        RANK=rank, COUNT=len(members), BLOCK_T=tile.block_t, BLOCK_N=tile.columns, BLOCK_R=part.plan.block_r,
+        RANK=rank, COUNT=len(members), BLOCK_T=tile.block_t, BLOCK_N=tile.columns, BLOCK_R=part.block_r,
     )  # fmt: skip
     pad = t.shape[1] - group.rank if members[-1] == group.adapted[-1] else 0
     t_tiles, most = cdiv(T * rank, SUM_BLOCK), cdiv(max(sizes) * rank, SUM_BLOCK)

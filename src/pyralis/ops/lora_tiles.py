@@ -7,12 +7,12 @@ shared memory are held to every GPU's limits by `tests/ops/test_aot.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pyralis.ops._triton import cdiv, gpu_of, next_power_of_2, unsupported_tensors
+from pyralis.ops._triton import Gpu, cdiv, gpu_of, next_power_of_2, unsupported_tensors
 from pyralis.ops.lora_group import Run
 
 MOST_SPLITS = 16
@@ -77,6 +77,10 @@ class DotLaunch:
         else:
             project, grad = Tile(32, 64, 8), Tile(32, 32, 8)
         return cls(block_r, project, grad, grad_B=Tile(64, 256, 8, 2))
+
+    def grad_B_on(self, gpu: Gpu) -> Tile:
+        """Narrower on AMD's gfx942, which has 64 KiB of shared memory for a program."""
+        return replace(self.grad_B, columns=256) if gpu.capability == (9, 4) else self.grad_B
 
 
 def reads_dy_once(rank: int) -> bool:
