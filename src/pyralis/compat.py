@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -47,3 +49,31 @@ def switch_checkpointing(model: Any, on: bool) -> None:
     new = f"activation_checkpointing_{'enable' if on else 'disable'}"
     switch = getattr(model, new, None) or getattr(model, new.replace("activation", "gradient"))
     switch({"use_reentrant": False}) if on else switch()
+
+
+LAUNCHER_BEGINS = ("gridX", "gridY", "gridZ", "stream", "function")
+LAUNCHER_GOES_ON = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
+
+
+def is_known_launcher(run: Callable[..., None]) -> bool:
+    """Whether a compiled Triton kernel's `run` takes the arguments that Triton 3.6 to 3.9 give it: a grid of three, a
+    stream, the function, two kinds of metadata, two hooks, then the kernel's. 3.6 leaves all but five to `*args`."""
+    parameters = inspect.signature(run).parameters.values()
+    named = tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL)
+    return named in (LAUNCHER_BEGINS, LAUNCHER_BEGINS + LAUNCHER_GOES_ON) and len(parameters) == len(named) + 1
+
+
+@cache
+def launches_are_watched() -> Callable[[], bool]:
+    """A function that tells whether a profiler has hooks on Triton's launches now."""
+    from triton import knobs
+
+    runtime = knobs.runtime
+
+    def watched() -> bool:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        return bool(
+            getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+        )  # a chain of hooks, a hook or None
+
+    return watched

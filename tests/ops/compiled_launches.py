@@ -23,13 +23,19 @@ class Launcher:
     """In place of Triton's: remembers what was launched."""
 
     launched: tuple[Any, ...] = ()
+    hooks_given = 0
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.source = source
 
-    def __call__(self, *arguments: Any) -> None:
-        grid, given = arguments[:3], arguments[9:]  # stream, function, metadata twice and two hooks lie between
-        Launcher.launched = self.source, grid, [*map(id, given[:4]), *given[4:]]
+    def __call__(self, gridX: int, gridY: int, gridZ: int, stream: int, function: int, *rest: Any) -> None:
+        metadata, _, enter, leave, *given = rest
+        for hook in (enter, leave):  # as the launcher in C does
+            if hook is not None:
+                Launcher.hooks_given += 1
+                hook(None)
+        grid = (gridX, gridY, gridZ, stream, function)
+        Launcher.launched = self.source, grid, metadata, [*map(id, given[:4]), *given[4:]]
 
 
 class Utilities:
@@ -89,15 +95,20 @@ def main() -> None:
         *((memory, None, 64, 0.5, count, constants[0], 1) for count in (1, 16, 17, 2**31)),
         (memory, None, 64, 2.0, 5, constants[0], 2),
     ]
-    for turn in range(2):  # the second launch of each list finds what the first one left
+    seen: list[Any] = []
+    for turn in range(3):  # the second launch of each list finds what the first one left; the third is watched
+        if turn == 2:
+            triton.knobs.runtime.launch_enter_hook.add(seen.append)
         for *arguments, chosen, warps in cases:
             options = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
             grid = (3, 2) if turn else (3,)
             _kernel[grid](*arguments, **chosen, **options)
             expected, Launcher.launched = Launcher.launched, ()
+            Launcher.hooks_given, before = 0, len(seen)
             launch_compiled(_kernel, grid, tuple(arguments), chosen, warps, 3, True, 0)
             shown = [str(a.dtype) + str(a.data_ptr() % 16) if isinstance(a, torch.Tensor) else a for a in arguments]
-            print(json.dumps({"case": str((turn, shown, chosen, warps)), "same": Launcher.launched == expected}))
+            result = {"case": str((turn, shown, chosen, warps)), "same": Launcher.launched == expected}
+            print(json.dumps({**result, "turn": turn, "hooks": Launcher.hooks_given, "seen": len(seen) - before}))
 
 
 if __name__ == "__main__":

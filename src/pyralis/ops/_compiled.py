@@ -1,10 +1,11 @@
 """Launches of kernels that are compiled already, in a quarter of the time that Triton's `kernel[grid](...)` takes.
 
 `kernel[grid](...)` binds arguments, asks the environment for settings and looks the compiled kernel up by all of them:
-8 us of Python a call, 75 us on the H100 machine's slower CPU, ten times a layer. What it returns, a compiled kernel,
-launches itself by `compiled[grid](*arguments)`, as Triton's tutorials show. So the compiled kernel is kept here, by all
-that Triton specialises a kernel on: the type of each argument, whether pointers and integers are multiples of 16,
-integers that are 1, and the constants. Arguments differing in any of these find, or compile, another kernel.
+8 us of Python a call, 75 us on the H100 machine's slower CPU, some twenty times a layer. What it returns, a compiled
+kernel, launches itself by `compiled[grid](*arguments)`, as Triton's tutorials show. So it is kept here, by all that
+Triton specialises a kernel on: the type of each argument, whether pointers and integers are multiples of 16, integers
+that are 1, and the constants. Arguments differing in any of these find, or compile, another kernel. Where no profiler
+watches, the step from `compiled[grid]` to its launcher is taken here as well.
 
 Triton's settings (`triton.knobs`) are those of the first launch; its launch hooks are called.
 """
@@ -17,9 +18,16 @@ from typing import Any
 
 import torch
 
+from pyralis.compat import is_known_launcher, launches_are_watched
+
+try:
+    import triton
+except ImportError:  # for this platform there is none
+    triton = None
+
 Arguments = tuple[Any, ...]
 
-_compiled: dict[tuple[Any, ...], tuple[Any, Arguments]] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, Arguments, bool]] = {}
 
 
 def specialisation(arguments: Arguments) -> list[Any]:
@@ -61,12 +69,18 @@ def launch_compiled(
     )  # fmt: skip
     known = _compiled.get(key)
     if known is not None:
-        compiled, rest = known
-        compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+        compiled, rest, direct = known
+        grid = (*grid, 1, 1)[:3]
+        if not direct or launches_are_watched()():
+            compiled[grid](*arguments, *rest)
+            return
+        stream = triton.runtime.driver.active.get_current_stream(device_index)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *rest)
         return
     compiled = kernel[grid](
         *arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion
     )  # fmt: skip
     # On AMD Triton looks at the size of a tensor's storage too. A hook of Triton's may have taken the launch over.
     if compiled is not None and torch.version.hip is None:
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        _compiled[key] = compiled, rest, is_known_launcher(compiled.run)
