@@ -23,6 +23,10 @@ def show(verification: Verification) -> RenderableType:
     """Fits into 80 columns."""
     parts: list[RenderableType] = [_facts(verification), Text()]
     if verification.comparisons:
+        parts += [
+            Text(f"Errors relative to the truth; Pyralis may have {COMPONENT_FACTOR:g} times stock's. ! fails."),
+            Text(),
+        ]
         parts += [_errors(verification), Text()]
     parts += [*_verdict(verification)]
     return Group(*parts)
@@ -93,11 +97,9 @@ def _errors(verification: Verification) -> Table:
     """Relative errors to the truth: a row for each component, stock and fast for each layout."""
     table = Table(
         box=box.SIMPLE_HEAD,
+        show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        title=f"Relative errors to the truth; Pyralis may have {COMPONENT_FACTOR:g} times stock's. ! marks more",
-        title_justify="left",
-        title_style="",
     )
     table.add_column("", no_wrap=True)
     rows: dict[str, list[Compared | None]] = {}
