@@ -19,11 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 def launch(kind: str, out: Path) -> list[list[dict[str, Any]]]:
     # `--multi_gpu` is what launches several processes without MPI; they find no GPU (`use_cpu`) and take gloo.
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
-        "--main_process_port", "0", "-m", "tests.train.sft_worker", kind, str(out),
-    ]  # fmt: skip
+    one_thread = ("--num_cpu_threads_per_process", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    processes = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
+    worker = ("-m", "tests.train.sft_worker", kind, str(out))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *one_thread, *processes, *worker]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=240, cwd=ROOT,
