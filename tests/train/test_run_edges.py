@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pyralis.errors import ConfigError, ModelError
+from pyralis.export.merge import merge_adapter
 from pyralis.lora.record import read_record
 from pyralis.train.config import config_from_dict
 from pyralis.train.metrics import RunEvent, read_metrics
@@ -27,6 +28,29 @@ def test_rows_longer_than_a_table_of_positions(chats: Path, tmp_path: Path) -> N
     model = make_tiny_model(tmp_path / "gpt2", "gpt2", n_positions=32)
     with pytest.raises(ConfigError, match="only 32 positions"):
         run(model, chats, tmp_path / "out")
+
+
+@pytest.mark.parametrize("rope_scaling", ["auto", "off"])
+def test_rope_reaches_the_longest_row_or_it_is_noted(chats: Path, tmp_path: Path, rope_scaling: str) -> None:
+    model = make_tiny_model(tmp_path / "llama", max_position_embeddings=32)
+    run(model, chats, tmp_path / "out", rope_scaling=rope_scaling, max_steps=1)
+    record = read_record(tmp_path / "out")
+    merged = merge_adapter(tmp_path / "out", tmp_path / "merged")
+    parameters = json.loads((merged / "config.json").read_text())["rope_parameters"]
+    if rope_scaling == "off":
+        assert (record.rope_scaled_to, parameters["rope_type"]) == (None, "default")
+        return
+    assert record.rope_scaled_to is not None
+    assert parameters["factor"] == record.rope_scaled_to / 32 > 1
+    # an adapter that is trained further keeps the angles it knows
+    run(model, chats, tmp_path / "more", load_adapter=str(tmp_path / "out"), max_seq_length=48, max_steps=1)
+    assert read_record(tmp_path / "more").rope_scaled_to == record.rope_scaled_to
+
+
+def test_rope_of_packed_rows_reaches_their_longest_part(chats: Path, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "llama", max_position_embeddings=200)
+    run(model, chats, tmp_path / "out", packing=True, max_seq_length=400, max_steps=1)
+    assert read_record(tmp_path / "out").rope_scaled_to is None
 
 
 def test_rows_longer_than_a_rotary_model_was_made_for_are_noted(chats: Path, tmp_path: Path) -> None:

@@ -140,7 +140,6 @@ def _origin(
     length: int | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Origin:
-    scaled = request.rope_scaling is not None or any(note.startswith("RoPE is scaled") for note in loaded.notes)
     named = source.adapter is None and not Path(name).expanduser().exists()
     origin = Origin(request.mode, max_seq_length=length, name=name if named else source.location, tokenizer=tokenizer)
     record = TrainingRecord(
@@ -148,7 +147,7 @@ def _origin(
         quant_type=earlier.quant_type,
         double_quant=earlier.double_quant,
         dtype=None if loaded.dtype == torch.float32 else loaded.dtype,
-        rope_scaled_to=request.max_seq_length if scaled else None,
+        rope_scaled_to=loaded.rope_scaled_to,
         rope_scaling=request.rope_scaling,
     )
     return replace(origin, record=record)

@@ -54,7 +54,10 @@ def read_dataset(path: Path) -> Dataset:
 
 
 def longest_sequence(rows: Dataset) -> int:
-    """The most tokens that a model is given at once: of a pair, those of the prompt and the longer answer."""
+    """The most tokens that see each other: of a pair, those of the prompt and the longer answer; of a packed row, which
+    gives each part positions of its own, those of a part."""
+    if "position_ids" in rows.column_names:
+        return max(pc.max(chunk.flatten()).as_py() for chunk in rows.data["seq_lengths"].chunks)
     if "pair_lengths" not in rows.column_names:
         return max(rows.data["length"].to_pylist())
     return max(prompt + max(chosen, rejected) for prompt, chosen, rejected in rows.data["pair_lengths"].to_pylist())

@@ -48,7 +48,7 @@ def write_record(adapter: Path, record: TrainingRecord) -> None:
         "double_quant": record.double_quant,
         "compute_dtype": None if record.dtype is None else str(record.dtype).removeprefix("torch."),
         "rope_scaled_to": record.rope_scaled_to,
-        "rope_scaling": record.rope_scaling,
+        "rope_scaling_given": record.rope_scaling,
     }
     write_text(adapter / ADAPTER_RECORD, json.dumps(content, indent=2) + "\n")
 
@@ -76,7 +76,7 @@ def read_record(adapter: Path) -> TrainingRecord:
         double_quant=bool(values.get("double_quant", True)),
         dtype=half.get(str(dtype).removeprefix("torch.")),
         rope_scaled_to=values.get("rope_scaled_to"),
-        rope_scaling=values.get("rope_scaling"),
+        rope_scaling=values.get("rope_scaling_given"),
     )
 
 

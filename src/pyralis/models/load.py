@@ -17,7 +17,7 @@ from pyralis.models.files import check_weights
 from pyralis.models.gguf import gguf_options
 from pyralis.models.hub import HubOptions
 from pyralis.models.nf4 import is_four_bit, settle_four_bit
-from pyralis.models.rope_scaling import RopeScaling, extend_context, set_rope_scaling
+from pyralis.models.rope_scaling import RopeScaling, scale_rope
 from pyralis.models.source import ModelSource, locate_model
 from pyralis.models.tokenizer import load_tokenizer
 
@@ -73,6 +73,7 @@ class LoadedModel:
         dtype: to compute in; the weights are in it too, except for float32 master weights.
         quantized: whether linear layers are packed.
         adapter: the adapter's folder if one was named. `model` is then its base: the adapter is still to be attached.
+        rope_scaled_to: `max_seq_length`, where RoPE was scaled for it or as given.
         notes: choices the user should see.
     """
 
@@ -81,6 +82,7 @@ class LoadedModel:
     quantized: bool
     device: torch.device
     adapter: Path | None = None
+    rope_scaled_to: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -103,8 +105,8 @@ def load_model(
     notes = [choice.note] if choice.note else []
     config = _load_config(source, settings)
     stored = _check_quantization(config, source, settings)
-    if (note := _scale_rope(config, settings)) is not None:
-        notes.append(note)
+    if (rope := scale_rope(config, settings.max_seq_length, settings.rope_scaling)) is not None:
+        notes.append(rope.note)
 
     options: dict[str, Any] = {
         "config": config,
@@ -138,7 +140,8 @@ def load_model(
     quantized = stored is not None or ("quantization_config" in options and not source.gguf_file)
     if is_four_bit(model):
         settle_four_bit(model, choice.dtype)
-    return LoadedModel(model.eval(), choice.dtype, quantized, device, source.adapter, tuple(notes))
+    scaled_to = settings.max_seq_length if rope is not None and rope.scaled else None
+    return LoadedModel(model.eval(), choice.dtype, quantized, device, source.adapter, scaled_to, tuple(notes))
 
 
 def quantization(settings: ModelSettings, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -210,12 +213,6 @@ def _check_quantization(config: PreTrainedConfig, source: ModelSource, settings:
             f"{source.path} is quantised as {name} already: use train_mode `lora`, or the original weights."
         )
     return name
-
-
-def _scale_rope(config: PreTrainedConfig, settings: ModelSettings) -> str | None:
-    if settings.rope_scaling is not None:
-        return set_rope_scaling(config, settings.rope_scaling, settings.max_seq_length)
-    return None if settings.max_seq_length is None else extend_context(config, settings.max_seq_length)
 
 
 def _needed_attention(config: PreTrainedConfig) -> str | None:

@@ -18,7 +18,9 @@ All of it is in the config, so it is saved with the model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -32,6 +34,30 @@ WINDOWED = ("sliding_attention", "chunked_attention")
 _BY_LENGTH = ("dynamic", "longrope")
 
 RopeScaling = float | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeChange:
+    """What became of a config's RoPE: note is for the user; scaled says whether angles are other ones now."""
+
+    note: str
+    scaled: bool
+
+
+def scale_rope(
+    config: PreTrainedConfig, max_seq_length: int | None, scaling: RopeScaling | None = None
+) -> RopeChange | None:
+    """Change `config` as `set_rope_scaling` does where a scaling is given, else as `extend_context` does.
+
+    Returns None where nothing is to be done or said.
+    """
+    text = config.get_text_config(decoder=True)
+    before = copy.deepcopy(getattr(text, "rope_parameters", None))
+    if scaling is not None:
+        note: str | None = set_rope_scaling(config, scaling, max_seq_length)
+    else:
+        note = None if max_seq_length is None else extend_context(config, max_seq_length)
+    return None if note is None else RopeChange(note, getattr(text, "rope_parameters", None) != before)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

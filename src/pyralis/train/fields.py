@@ -91,6 +91,11 @@ class OwnFields(BaseModel):
     )
     cache_dir: str | None = _own(None, "Folder for prepared data. null: pyralis/datasets in the user's cache folder.")
 
+    rope_scaling: Annotated[Literal["auto", "off"], OnOff] = _own(
+        "auto",
+        "Rotary positions. auto: scaled where a row is longer than the model was made for, and said; off: as they are.",
+    )
+
     # Data
     template_name: Annotated[str, AfterValidator(_known_template)] = _own(
         "", "Chat template, one of Firefly's names. Empty: the tokenizer's own template.", origin="Firefly"

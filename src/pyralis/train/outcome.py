@@ -186,6 +186,7 @@ def run_facts(status: str, prepared: PreparedData, model: PreparedModel) -> dict
         "status": status,
         "step": 0,
         "compute_dtype": str(model.loaded.dtype).removeprefix("torch."),
+        "rope_scaled_to": model.loaded.rope_scaled_to,
         "data_digest": prepared.data.digest,
         "versions": dict(describe_environment().packages),
     }

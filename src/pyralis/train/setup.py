@@ -20,9 +20,11 @@ from pyralis.data.store import highest_token, longest_sequence
 from pyralis.data.template import ChatTemplate, stop_token_ids
 from pyralis.errors import ConfigError, ModelError
 from pyralis.lora.attach import LoraSettings, ParameterCount, attach_lora, count_parameters
+from pyralis.lora.record import has_record, read_record
 from pyralis.models.dtype import choose_device, choose_dtype
 from pyralis.models.generation import settle_generation
 from pyralis.models.load import LoadedModel, ModelSettings, load_model
+from pyralis.models.rope_scaling import context_length
 from pyralis.models.surgery import AccelerationReport, accelerate, report
 from pyralis.models.tokenizer import load_tokenizer
 from pyralis.train.config import TrainConfig
@@ -90,6 +92,7 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
             allow_pickle_weights=config.allow_pickle_weights,
+            max_seq_length=_length_for_rope(config, prepared),
         )
     )
     notes = check_fits(loaded.model, prepared)
@@ -127,7 +130,7 @@ def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
         )
     longest = max(map(longest_sequence, parts))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not limit or longest <= limit:
+    if not limit or longest <= (context_length(model.config) or limit):
         return notes
     if has_learnt_positions(model):
         raise ConfigError(
@@ -135,6 +138,17 @@ def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
             f"max_seq_length to {limit} or less."
         )
     return (*notes, f"the longest row has {longest} tokens; the model was made for {limit}, and is unsure beyond")
+
+
+def _length_for_rope(config: TrainConfig, prepared: PreparedData) -> int | None:
+    """The longest sequence that RoPE has to reach; None leaves it as it is. An adapter keeps that of its training."""
+    adapter = Path(config.load_adapter) if config.load_adapter else None
+    if adapter is not None and has_record(adapter):
+        return read_record(adapter).rope_scaled_to
+    if config.rope_scaling == "off":
+        return None
+    parts = [part for part in (prepared.data.train, prepared.data.eval) if part is not None]
+    return max(map(longest_sequence, parts))
 
 
 def _stop_notes(prepared: PreparedData) -> tuple[str, ...]:
