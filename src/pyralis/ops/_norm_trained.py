@@ -32,11 +32,15 @@ class TrainedNormLaunch:
 
     @classmethod
     def of(cls, tokens: int, features: int, sm_count: int) -> TrainedNormLaunch:
-        """16 elements of six arrays a thread; 16 warps an SM, so that two tiles of 4096 are loaded at any time."""
+        """16 elements of six arrays a thread; 16 warps an SM, so that two rows of 4096 are loaded at any time.
+
+        The widest rows spill so: they take 32 warps, and without the next row's loads half the registers.
+        """
         block_n = next_power_of_2(features)
-        rows = max(1, 4096 // block_n)
-        num_warps = warps_for(block_n * rows)
-        return cls(block_n, rows, num_warps, block_n <= 4096, min(cdiv(tokens, rows), sm_count * (16 // num_warps)))
+        rows = max(1, 2048 // block_n)
+        ahead = block_n <= 4096
+        num_warps = warps_for(block_n * rows, most=16) if ahead else 32
+        return cls(block_n, rows, num_warps, ahead, min(cdiv(tokens, rows), sm_count * max(1, 16 // num_warps)))
 
 
 def norm_backward_trained(
@@ -98,16 +102,19 @@ def _backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0) * ROWS
     row = program * ROWS + tl.arange(0, ROWS)
-    if AHEAD:
+    if AHEAD:  # and the weight is held
+        held = tl.load(weight + col, mask=col < N, other=0.0)
         next_dy = _tile(dy, row, col, dy_stride, T, N)
         next_h = _tile(h, row, col, h_stride, T, N)
     for _ in tl.range(program * ROWS, T, step):
         if AHEAD:
+            w = held.to(tl.float32)[None, :]
             g = next_dy.to(tl.float32)
             n = next_h.to(tl.float32)
             next_dy = _tile(dy, row + step, col, dy_stride, T, N)  # dx may lie over dy, but not these rows of it
             next_h = _tile(h, row + step, col, h_stride, T, N)
         else:
+            w = tl.load(weight + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
             g = _tile(dy, row, col, dy_stride, T, N).to(tl.float32)
             n = _tile(h, row, col, h_stride, T, N).to(tl.float32)
         mask = (row < T)[:, None] & (col < N)[None, :]
@@ -119,7 +126,6 @@ def _backward_kernel(
             dw += g * n
         if dbias_sums is not None:
             db += g
-        w = tl.load(weight + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
         g = g * (1.0 + w) if UNIT_OFFSET else g * w
         grad = g - n * (tl.sum(g * n, 1) / N)[:, None]
         if mean is not None:
