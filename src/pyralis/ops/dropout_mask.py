@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyralis.ops._philox import ROUNDS, halves_of
+from pyralis.ops._philox import halves_of, words_of
 from pyralis.ops._triton import (
     at_least_float32,
     cdiv,
@@ -29,7 +29,6 @@ from pyralis.ops._triton import (
 )
 
 LEVELS = 1 << 16
-_ROUNDS = tl.constexpr(ROUNDS)
 
 
 def new_rng(seed: int, device: torch.device) -> Tensor:
@@ -69,26 +68,13 @@ def masked(
 
 
 @triton.jit
-def _times(a, b: tl.constexpr):
-    """(high, low) 32 bits of a product, by one instruction."""
-    wide = a.to(tl.uint64) * b
-    return (wide >> 32).to(tl.uint32), wide.to(tl.uint32)
-
-
-@triton.jit
 def keep_tile(seed, draw, stream, threshold, row, first, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
     """keep [BLOCK_T, BLOCK_K] of rows `row` and columns from `first` (a multiple of 8) on."""
     c0 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.uint32) + (first // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.uint32)[None, :]
     c1 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.uint32) + row.to(tl.uint32)[:, None]
     c2 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.uint32) + stream.to(tl.uint32)
     c3 = tl.zeros([BLOCK_T, BLOCK_K // 8], tl.uint32) + draw.to(tl.uint32)
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(_ROUNDS):
-        high0, low0 = _times(c0, 0xD2511F53)
-        high2, low2 = _times(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    c0, c1, c2, c3 = words_of(seed, c0, c1, c2, c3)
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # order of the last two dimensions: c0 c1, c2 c3 row by row
     halves = tl.join(words << 16, words)  # each in its upper 16 bits: what is below changes no comparison
     return tl.reshape(halves, [BLOCK_T, BLOCK_K]) >= (threshold.to(tl.uint32) << 16)
