@@ -208,5 +208,7 @@ def _local_adapter(name: str, revision: str | None, hub: HubOptions) -> str:
 
 
 def is_bfloat16_supported() -> bool:
-    """Whether this process computes in bfloat16: its GPU has it, or it is a CPU that is fast in it."""
-    return choose_dtype("auto", choose_device()).dtype == torch.bfloat16
+    """Whether this process has a GPU with bfloat16, as scripts ask for `TrainingArguments(bf16=...)`, which refuses it
+    without a GPU even where a CPU is fast in it."""
+    device = choose_device()
+    return device.type == "cuda" and choose_dtype("auto", device).dtype == torch.bfloat16

@@ -14,6 +14,7 @@ def fit_to_device(args: Any) -> tuple[str, ...]:
     """Change in `TrainingArguments` what a CPU cannot follow; returns what became of it, a line each."""
     if args.device.type != "cpu":
         return ()
+    args.dataloader_pin_memory = False  # torch warns of it
     notes = []
     if args.fp16:
         args.fp16 = False
