@@ -103,14 +103,18 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported_tensors(*tensors: torch.Tensor | None) -> str | None:
     """Why kernels cannot take these tensors (None is skipped): device, dtype, or a last dimension that is strided."""
+    first = next(t for t in tensors if t is not None)
+    return unavailable(first.device) or unsuited_tensors(*tensors)
+
+
+def unsuited_tensors(*tensors: torch.Tensor | None) -> str | None:
+    """`unsupported_tensors`, wherever kernels can run: what stays true of tensors that stay."""
     device = None
     for t in tensors:
         if t is None:
             continue
         if device is None:
             device = t.device
-            if (reason := unavailable(device)) is not None:
-                return reason
         elif t.device != device:
             return f"tensors on {device} and {t.device}"
         if t.dtype not in FLOAT_DTYPES:

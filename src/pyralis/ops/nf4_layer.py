@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyralis.ops._triton import launch, next_power_of_2, store_as, tl, triton, unsupported_tensors
+from pyralis.ops._triton import launch, store_as, tl, triton, unsupported_tensors
 from pyralis.ops.nf4 import write_tile
-from pyralis.ops.nf4_plan import ADAPTER_TILE, COPY_TILE, LayerPlan
+from pyralis.ops.nf4_plan import LayerPlan
 from pyralis.ops.nf4_state import code_tables, reference
 
 
 def supported(plan: LayerPlan, out: Tensor) -> str | None:
     """Why the kernel cannot carry out `plan`; None if it can."""
-    return unsupported_tensors(out, *(p.lora_B for p in plan.placements), *(c.source for c in plan.copies))
+    return unsupported_tensors(out) or plan.refused
 
 
 def reference_layer(plan: LayerPlan, out: Tensor, *, weights: bool = True, adapters: bool = True) -> None:
@@ -56,18 +56,11 @@ def dequantize_layer(plan: LayerPlan, out: Tensor, *, weights: bool = True, adap
     first = 0 if weights else plan.weight_tiles
     copies_from = plan.weight_tiles + plan.adapter_tiles
     last = copies_from + plan.copy_tiles if adapters else plan.weight_tiles
-    count, tiles = len(plan.placements), plan.tiles
-    nested = {p.matrix.nested is not None for p in plan.placements}
+    device = out.device
     launch(
         _layer_kernel, (last - first,),
-        plan.table, code_tables(out.device), out, next((p.lora_B for p in plan.placements if p.rank), None),
-        plan.copy_table, first, plan.weight_tiles, copies_from,
-        device=out.device, num_warps=tiles.num_warps, fp_fusion=False,
-        COUNT=count, BLOCK=next_power_of_2(count), NESTED=True in nested, PLAIN=False in nested,
-        ALIGNED=tiles.aligned,
-        VEC=tiles.vector, ROWS=tiles.rows, COLS=tiles.cols,
-        WIDE=plan.adapter_block, WIDE_ROWS=max(1, ADAPTER_TILE // plan.adapter_block),
-        COPIES=len(plan.copies), COPY_BLOCK=max(2, next_power_of_2(len(plan.copies))), COPY_TILE=COPY_TILE,
+        plan.table, code_tables(device), out, plan.lora, plan.copy_table, first, plan.weight_tiles, copies_from,
+        device=device, num_warps=plan.tiles.num_warps, fp_fusion=False, **plan.constants,
     )  # fmt: skip
 
 

@@ -6,13 +6,14 @@ block-diagonal B. Shapes as in `nf4_layer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyralis.ops._triton import cdiv, next_power_of_2
+from pyralis.ops._triton import cdiv, next_power_of_2, unsuited_tensors
 from pyralis.ops.nf4 import TileLaunch, log2
 from pyralis.ops.nf4_state import TABLE_START, Quantized, code_tables
 
@@ -60,9 +61,11 @@ class LayerPlan:
     weight_tiles: int
     adapter_tiles: int
     copy_tiles: int
-    adapter_block: int  # a power of two >= the widest P
     dtype: torch.dtype
     extent: int  # elements of the arena that are written to or lie between
+    constants: Mapping[str, Any]  # of the kernel
+    lora: Tensor | None  # one of the B, for their dtype
+    refused: str | None  # why the kernel cannot read the tensors
 
     @classmethod
     def of(cls, placements: Sequence[Placement], arena: Tensor, copies: Sequence[Copy] = ()) -> LayerPlan:
@@ -76,7 +79,7 @@ class LayerPlan:
         assert len(kinds) < 2, f"lora_B of different dtypes: {kinds}"
         matrices = [p.matrix for p in placements]
         tiles = TileLaunch.of(matrices, arena.dtype, (*offsets, *(p.out.stride(0) for p in placements)))
-        block = next_power_of_2(max(p.wide for p in placements))
+        block = next_power_of_2(max(p.wide for p in placements))  # columns of a tile of adapters
         rows, first, first_adapter = [], 0, 0
         for placement, offset in zip(placements, offsets, strict=True):
             rows.append([first, first_adapter, *_describe(placement, offset)])
@@ -95,9 +98,18 @@ class LayerPlan:
         )
         assert table is not None
         code_tables(arena.device)
+        nested = {p.matrix.nested is not None for p in placements}
+        constants = {
+            "COUNT": len(placements), "BLOCK": next_power_of_2(len(placements)), "NESTED": True in nested,
+            "PLAIN": False in nested, "ALIGNED": tiles.aligned, "VEC": tiles.vector, "ROWS": tiles.rows,
+            "COLS": tiles.cols, "WIDE": block, "WIDE_ROWS": max(1, ADAPTER_TILE // block), "COPIES": len(copies),
+            "COPY_BLOCK": max(2, next_power_of_2(len(copies))), "COPY_TILE": COPY_TILE,
+        }  # fmt: skip
+        refused = unsuited_tensors(arena, *(p.lora_B for p in placements), *(c.source for c in copies))
         return cls(
             tuple(placements), tuple(copies), offsets, copy_offsets, table, copy_table, tiles,
-            first, first_adapter, first_copy, block, arena.dtype, max(extents),
+            first, first_adapter, first_copy, arena.dtype, max(extents),
+            constants, next((p.lora_B for p in placements if p.rank), None), refused,
         )  # fmt: skip
 
 
