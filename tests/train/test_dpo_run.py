@@ -194,3 +194,22 @@ def test_rows_that_are_no_pairs_are_named(tiny_llama: Path, chats: Path, tmp_pat
 def test_losses_are_checked_first(options: dict[str, Any], message: str, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tiny_llama, tmp_path / "missing.jsonl", tmp_path / "out", **DPO, **options)
+
+
+@pytest.mark.full
+def test_a_real_model_learns_to_prefer(smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M on the sample pairs: rewards part, and pairs that were held out follow."""
+    data = Path(__file__).parents[2] / "data/sample_dpo.jsonl"
+    values: dict[str, Any] = {
+        **DPO, "beta": 0.1, "max_seq_length": 256, "lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-4,
+        "per_device_train_batch_size": 4, "max_steps": 16, "eval_split": 0.2, "eval_strategy": "steps", "eval_steps": 8,
+    }  # fmt: skip
+    result = run(smollm2, data, tmp_path / "out", **values)
+    rows = steps(tmp_path / "out")
+    assert rows[0].loss == pytest.approx(0.6931, abs=1e-3)
+    assert sum(row.reward_accuracy or 0 for row in rows[-4:]) / 4 > 0.9
+    assert rows[-1].reward_margin is not None
+    assert rows[-1].reward_margin > 0.25  # measured: 0.41
+    assert result.summary.rewards is not None
+    assert result.summary.rewards.evaluated
+    assert result.summary.rewards.last_accuracy > 0.7

@@ -54,12 +54,16 @@ class PreferenceMetrics:
         seen, self._seen = torch.stack(self._seen).sum(), []
         return int(reduce(seen))
 
-    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means since the last time; all processes have to ask. Tokens not asked for are forgotten."""
+    def take(self, reduce: Callable[[Tensor], Tensor], *, pooled: bool = False) -> dict[str, float]:
+        """The means since the last time; all processes have to ask. Tokens not asked for are forgotten.
+
+        pooled: over all pairs alike, where TRL takes the mean of the micro-steps' means.
+        """
         means: dict[str, float] = {}
         for names, rows in ((PAIR_MEANS, self._pairs), (TOKEN_MEANS, self._tokens)):
             if rows:
-                sums, counts = reduce(torch.stack(rows)).double().tensor_split([len(names)], 1)
+                found = reduce(torch.stack(rows)).double()
+                sums, counts = (found.sum(0, keepdim=True) if pooled else found).tensor_split([len(names)], 1)
                 values = torch.where(counts > 0, sums / counts, 0.0).mean(0)
                 means |= dict(zip(names, values.tolist()))
                 rows.clear()

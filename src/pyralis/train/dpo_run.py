@@ -167,13 +167,13 @@ class PreferenceTrainer(PyralisTrainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         if output.metrics is not None:
             output.metrics[f"{prefix}_pairs"] = output.metrics.pop(f"{prefix}_tokens", 0)
-            means = self._collected["eval"].take(self._summed)
+            means = self._collected["eval"].take(self._summed, pooled=True)
             output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._collected["train"].take(self._summed)
+            logs |= self._collected["train"].take(self._summed, pooled=True)
         super().log(logs, start_time)
 
     def _summed(self, tensor: Tensor) -> Tensor:
