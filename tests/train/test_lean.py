@@ -98,7 +98,7 @@ def test_a_micro_step_costs_little_cpu(tmp_path: Path) -> None:
         settings = {"max_steps": 8, "logging_steps": 100, "gradient_accumulation_steps": 4}
         make(without_model(cls), tmp_path, model, clock, **settings).train()
         spent[cls.__name__] = min(clock.milliseconds[2:])  # the others were disturbed by other processes
-    assert spent["LeanTrainer"] < 8, f"{spent}; alone on a machine it is 1 ms"
+    assert spent["LeanTrainer"] < 8, f"{spent}; on an idle machine it is 1.5"
     assert spent["LeanTrainer"] < spent["Trainer"] / 2.5, spent
 
 
