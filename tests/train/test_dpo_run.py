@@ -143,8 +143,8 @@ def test_resuming_goes_on_as_if_uninterrupted(mode: str, tiny_llama: Path, pairs
     ("options", "loss"),
     [
         ({"loss_type": "ipo"}, 1.0),
-        ({"loss_type": "hinge"}, 1.0),
-        ({"loss_type": "cdpo", "label_smoothing": 0.1}, 0.6931),
+        pytest.param({"loss_type": "hinge"}, 1.0, marks=pytest.mark.full),
+        pytest.param({"loss_type": "cdpo", "label_smoothing": 0.1}, 0.6931, marks=pytest.mark.full),
     ],
 )
 def test_other_losses(options: dict[str, Any], loss: float, tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
