@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from pyralis.train.check_dpo import DPO_FIELDS, dpo_rule
 from pyralis.train.check_files import files_rule, model_rule
 from pyralis.train.findings import Finding, note, unused
 from pyralis.train.suggest import did_you_mean
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 BEST_METRICS = ("loss", "eval_loss")
 """What `metric_for_best_model` may be: the only thing an evaluation measures."""
-
-DPO_FIELDS = ("beta", "max_prompt_length", "loss_type", "label_smoothing", "rpo_alpha", "precompute_ref_log_probs")
-"""Of no use to other tasks."""
 
 Rule: TypeAlias = Callable[["TrainConfig"], Iterator[Finding]]
 
@@ -47,7 +45,7 @@ def _task(config: TrainConfig) -> Iterator[Finding]:
             yield Finding(
                 ("packing", "task_type"), "packing: true does not go with task_type: dpo; pairs are not packed."
             )
-        yield from _dpo_loss(config)
+        yield from dpo_rule(config)
         if config.max_prompt_length >= config.max_seq_length:
             yield Finding(
                 ("max_prompt_length", "max_seq_length"),
@@ -69,19 +67,6 @@ def _task(config: TrainConfig) -> Iterator[Finding]:
         yield from unused(config, ("template_name", "system", "loss_on"), "pretraining learns all text as it is")
     if task == "dpo":
         yield from unused(config, ("loss_on",), "dpo compares whole answers")
-
-
-def _dpo_loss(config: TrainConfig) -> Iterator[Finding]:
-    smoothing, loss = config.label_smoothing, config.loss_type
-    if smoothing and loss not in ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired"):
-        yield note("label_smoothing", message=f"label_smoothing: has no effect on {loss}; loss_type: cdpo has it.")
-    if smoothing >= 0.5 and loss in ("cdpo", "robust"):
-        yield Finding(
-            ("label_smoothing", "loss_type"),
-            f"label_smoothing: {smoothing} is not allowed with loss_type: {loss}; expected less than 0.5.",
-        )
-    if loss == "exo_pair" and not smoothing:
-        yield Finding(("label_smoothing", "loss_type"), "loss_type: exo_pair needs label_smoothing, such as 1e-3.")
 
 
 def _mode(config: TrainConfig) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pyralis.train.check import DPO_FIELDS
+from pyralis.train.check_dpo import DPO_FIELDS
 from pyralis.train.config import LoadedConfig, TrainConfig
 
 _GROUPS: dict[str, tuple[str, ...]] = {

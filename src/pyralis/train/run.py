@@ -15,7 +15,6 @@ from typing import Any, Literal
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from pyralis.data.collate import Collator
 from pyralis.data.template import install_template
 from pyralis.errors import ConfigError
 from pyralis.train.answers import answer_questions, answers_table
@@ -33,11 +32,12 @@ from pyralis.train.checkpoint import (
     write_json,
 )
 from pyralis.train.config import LoadedConfig, TrainConfig, config_from_dict, load_config
-from pyralis.train.dpo_run import PreferenceTrainer, dpo_loss
+from pyralis.train.dpo_run import PreferenceTrainer
 from pyralis.train.interrupt import GracefulStop, StopCallback
 from pyralis.train.libraries import check_libraries
 from pyralis.train.live import LiveLine
 from pyralis.train.lock import only_run_in
+from pyralis.train.make_trainer import make_trainer
 from pyralis.train.metrics import MetricsCallback, MetricsWriter
 from pyralis.train.outcome import (
     OutcomeFiles,
@@ -53,7 +53,6 @@ from pyralis.train.report import SampleAnswer
 from pyralis.train.setup import (
     PreparedData,
     PreparedModel,
-    base_name,
     check_rows,
     prepare_data,
     prepare_model,
@@ -165,16 +164,15 @@ def _run(
 ) -> TrainResult:
     output_dir = Path(config.output_dir)
     with refusals_named():
-        trainer = _trainer(config, arguments, prepared, model)
+        trainer = make_trainer(config, arguments, prepared, model)
     if start.checkpoint is not None:
         restore_counts(trainer, start.checkpoint)
     if prepared.template is not None:
         install_template(prepared.template, prepared.tokenizer)
 
     if isinstance(trainer, PreferenceTrainer):
-        rows = len(prepared.data.train) + (0 if prepared.data.eval is None else len(prepared.data.eval))
         with console.status("computing the reference") as shown:
-            trainer.prepare_reference(lambda done: shown.update(f"computing the reference: {done:,} of {rows:,} pairs"))
+            trainer.prepare_reference(lambda done: shown.update(f"computing the reference: {done:,} pairs"))
         notes = [*notes, *trainer.notes]
 
     questions = list(config.sample_prompts or ()) if prepared.template is not None else []
@@ -224,22 +222,6 @@ def _run(
         console.print(final_panel(final_info(config, summary, files, interrupted, samples, next_commands)))
     trainer.accelerator.wait_for_everyone()
     return TrainResult(status, output_dir, summary, files, samples)
-
-
-def _trainer(
-    config: TrainConfig, arguments: TrainingArguments, prepared: PreparedData, model: PreparedModel
-) -> PyralisTrainer:
-    common: dict[str, Any] = {
-        "train_dataset": prepared.data.train,
-        "eval_dataset": prepared.data.eval,
-        "processing_class": prepared.tokenizer,
-        "template": prepared.template,
-        "base_name": base_name(config),
-        "embedding_learning_rate": config.embedding_learning_rate,
-    }
-    if config.task_type == "dpo":
-        return PreferenceTrainer(model.model, arguments, loss=dpo_loss(config), config=config, **common)
-    return PyralisTrainer(model.model, arguments, Collator.for_tokenizer(prepared.tokenizer), **common)
 
 
 def _answers(

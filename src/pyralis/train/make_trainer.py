@@ -1,0 +1,29 @@
+"""The trainer of a run, by its task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from pyralis.data.collate import Collator
+from pyralis.train.config import TrainConfig
+from pyralis.train.dpo_run import PreferenceTrainer, dpo_loss
+from pyralis.train.setup import PreparedData, PreparedModel, base_name
+from pyralis.train.trainer import PyralisTrainer
+
+
+def make_trainer(
+    config: TrainConfig, arguments: TrainingArguments, prepared: PreparedData, model: PreparedModel
+) -> PyralisTrainer:
+    common: dict[str, Any] = {
+        "train_dataset": prepared.data.train,
+        "eval_dataset": prepared.data.eval,
+        "processing_class": prepared.tokenizer,
+        "template": prepared.template,
+        "base_name": base_name(config),
+        "embedding_learning_rate": config.embedding_learning_rate,
+    }
+    if config.task_type == "dpo":
+        return PreferenceTrainer(model.model, arguments, loss=dpo_loss(config), config=config, **common)
+    return PyralisTrainer(model.model, arguments, Collator.for_tokenizer(prepared.tokenizer), **common)
