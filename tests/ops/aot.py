@@ -88,7 +88,7 @@ def plan(cases: list[Case], target: Target, full: bool, turn: int) -> Iterator[S
         for launch in launches:
             kernel = Specialised.of(case.name, launch)
             key = f"{kernel.settings()} {kernel.divisible} {kernel.num_stages} {kernel.fp_fusion}"
-            groups.setdefault(kernel.kernel.fn.__name__, {}).setdefault(key, kernel)
+            groups.setdefault(kernel.name(), {}).setdefault(key, kernel)
     for group in groups.values():
         kernels = list(group.values())
         yield from kernels if full else [kernels[turn % len(kernels)]]
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every configuration, not one of each kernel and target")
     parser.add_argument("--only", help="files of aot_cases")
     parser.add_argument("--targets", default=",".join(t.name for t in TARGETS))
+    parser.add_argument("--list", action="store_true", help="name the kernels, compile nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args()
     wanted = arguments.targets.split(",")
@@ -128,6 +129,9 @@ def main() -> None:
         if target.name in wanted
         for kernel in plan(cases, target, arguments.full, turn)
     ]
+    if arguments.list:
+        print(json.dumps(sorted({kernel.name() for kernel, _ in kernels})))
+        return
     for compiled in compile_all(kernels, arguments.jobs):
         print(json.dumps(asdict(compiled)), flush=True)
 

@@ -93,6 +93,10 @@ class Specialised:
             launch.num_warps, launch.num_stages, launch.fp_fusion,
         )  # fmt: skip
 
+    def name(self) -> str:
+        """file.kernel"""
+        return f"{Path(self.kernel.fn.__code__.co_filename).stem}.{self.kernel.fn.__name__}"
+
     def settings(self) -> str:
         constants = ", ".join(f"{k}={v}" for k, v in self.constants if v is not None)
         types = " ".join(t for _, t in self.signature if t != "constexpr")

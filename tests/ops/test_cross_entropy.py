@@ -216,7 +216,8 @@ def test_supported_says_why() -> None:
 
 def test_launch_rule() -> None:
     assert CrossEntropyLaunch.of(128256, 2) == CrossEntropyLaunch(8192, 8, 16)
-    assert CrossEntropyLaunch.of(32003, 4) == CrossEntropyLaunch(4096, 4, 16)
+    assert CrossEntropyLaunch.of(128256, 4) == CrossEntropyLaunch(4096, 4, 16)
+    assert CrossEntropyLaunch.of(32003, 4) == CrossEntropyLaunch(2048, 4, 8)
     assert CrossEntropyLaunch.of(1000, 2) == CrossEntropyLaunch(1024, 8, 4)
     assert CrossEntropyLaunch.of(7, 2) == CrossEntropyLaunch(32, 8, 1)
 

@@ -37,10 +37,11 @@ class CrossEntropyLaunch:
 
     @classmethod
     def of(cls, vocab: int, itemsize: int) -> CrossEntropyLaunch:
-        # 16 columns a thread are two 16-byte loads in flight; 16 warps leave room for three programs an SM. Of an odd
-        # vocabulary the last block is loaded column by column, and 16 of them at a time spill.
-        per_thread = 16 if vocab % 16 == 0 else 8
-        block = max(min(512 * per_thread, next_power_of_2(vocab)), 32)
+        # Two 16-byte loads a thread are in flight; 16 warps leave room for three programs an SM. Of an odd vocabulary
+        # the last block is loaded column by column, and more of them at a time, or in wider programs, spill.
+        even = vocab % 16 == 0
+        per_thread = 32 // itemsize if even else 8
+        block = max(min((512 if even else 256) * per_thread, next_power_of_2(vocab)), 32)
         return cls(block, max(16 // itemsize, 1), max(block // (32 * per_thread), 1))
 
 

@@ -193,7 +193,8 @@ def _backward_kernel(
     s = tl.load(rstd + row, mask=row < T, other=0.0)[:, None]
     n = (n - m) * s  # what it is in masked columns meets g = 0
     g = g * w
-    grad = s * (g - (tl.sum(g, 1) / N)[:, None] - n * (tl.sum(g * n, 1) / N)[:, None])
+    grad = g - n * (tl.sum(g * n, 1) / N)[:, None]
+    grad = s * (grad - (tl.sum(g, 1) / N)[:, None])
     if residual_grad is not None:
         at = residual_grad + row[:, None] * residual_stride + col[None, :]
         grad += tl.load(at, mask=mask, other=0.0).to(tl.float32)
