@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 import pyralis
 from pyralis import get_chat_template, train_on_responses_only
 from pyralis.errors import DataError, TemplateError
-from tests.data.tokenizers import MAKERS, tiny_tokenizer
+from tests.data.tokenizers import MAKERS
 from tests.tiny import build_tiny_model, make_tiny_tokenizer
 
 CHAT = [
@@ -60,7 +60,7 @@ def learnt(ids: list[int], labels: list[int], tokenizer: Any) -> list[str]:
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_answers_are_learnt_and_nothing_else(kind: str, name: str) -> None:
-    tokenizer = get_chat_template(tiny_tokenizer(kind), name, system_message="")
+    tokenizer = get_chat_template(MAKERS[kind](), name, system_message="")
     marks, expected = NAMED[name]
     text = tokenizer.apply_chat_template(CHAT, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -73,7 +73,7 @@ def test_answers_are_learnt_and_nothing_else(kind: str, name: str) -> None:
 @pytest.mark.parametrize("kind", ["byte_level", "llama"])
 def test_a_row_that_text_cannot_give_back(kind: str) -> None:
     """Cut inside a character, its marks are found among the tokens."""
-    tokenizer = get_chat_template(tiny_tokenizer(kind), "chatml", system_message="")
+    tokenizer = get_chat_template(MAKERS[kind](), "chatml", system_message="")
     text = tokenizer.apply_chat_template([*CHAT[:2], CHAT[2], {"role": "assistant", "content": "ꙮ"}], tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     at = next(n for n in range(len(ids), 0, -1) if "�" in tokenizer.decode(ids[:n]))
@@ -94,7 +94,7 @@ def test_what_was_masked_stays_so() -> None:
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "alpaca", "vicuna", "zephyr", "gemma", "phi3"])
 def test_marks_are_seen_in_the_template(name: str) -> None:
-    tokenizer = get_chat_template(tiny_tokenizer("llama"), name, system_message="")
+    tokenizer = get_chat_template(MAKERS["llama"](), name, system_message="")
     ids = tokenizer(tokenizer.apply_chat_template(CHAT, tokenize=False), add_special_tokens=False)["input_ids"]
     mask = train_on_responses_only(None, tokenizer=tokenizer, return_function=True)
     runs = learnt(ids, mask({"input_ids": [ids]})["labels"][0], tokenizer)
