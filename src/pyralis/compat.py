@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import metadata
 from typing import Any
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "safetensors", "triton")
 
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries a result depends on, for reports. Libraries that are absent are left out."""
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of packages by name, for reports and results; those that are absent are left out."""
     found = {}
-    for name in LIBRARIES:
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

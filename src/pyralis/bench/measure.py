@@ -11,6 +11,7 @@ import torch
 
 from pyralis.bench.case import Contender
 from pyralis.errors import PyralisError
+from pyralis.ops._capture import mend_capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,7 @@ def _graph(run: Contender) -> Callable[[], object] | None:
         with torch.cuda.graph(graph, stream=bench_stream()):
             kept = run()
     except RuntimeError:  # it synchronises: timed as it is
-        torch.cuda.synchronize()
-        # A capture that failed leaves torch's generator in capture, and every later torch.randn would raise; one that
-        # succeeds puts it right.
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=bench_stream()):
-            torch.zeros(1, device="cuda")
+        mend_capture(bench_stream())
         return None
 
     def replay(kept: object = kept) -> None:  # the outputs live in the graph's pool as long as it

@@ -7,7 +7,6 @@ import pkgutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,10 +16,12 @@ from rich.table import Table
 import pyralis.bench.cases
 from pyralis.bench.case import BASE, COMPILED, PEERS, PYRALIS, SHAPES, BenchCase, compiling
 from pyralis.bench.measure import Rates, Timing, bench_stream, measure_rates, require_gpu, time_rotating
+from pyralis.compat import installed_versions
 from pyralis.errors import ConfigError
 from pyralis.models.staging import write_text
 
 INPUT_SETS = 3
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "bitsandbytes", "pyralis")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,17 +149,8 @@ def _peer(result: Result, name: str) -> str:
     return _time(result, name) if name in result.timings else "failed" if name in result.errors else "-"
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("torch", "triton", "transformers", "liger-kernel", "bitsandbytes", "pyralis"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def write_json(path: Path, results: Sequence[Result], rates: Rates) -> None:
     """Everything measured, with the versions and the GPU; written beside and renamed."""
-    record = {"rates": asdict(rates), "versions": _versions(), "results": [asdict(result) for result in results]}
+    versions = installed_versions(PACKAGES)
+    record = {"rates": asdict(rates), "versions": versions, "results": [asdict(result) for result in results]}
     write_text(path, json.dumps(record, indent=1) + "\n")

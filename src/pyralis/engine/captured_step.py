@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyralis.engine.buckets import Bucketed
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.model_weights import ModelWeights
+from pyralis.ops._capture import mend_capture
 from pyralis.ops.attention_spec import AttentionLayout
 
 Work = Callable[[], None]
@@ -30,6 +31,9 @@ class Recorder(Protocol):
     def renew(self) -> None:
         """All that was recorded is gone."""
 
+    def mend(self) -> None:
+        """A recording has failed."""
+
 
 class Rerun:
     """Where nothing can be captured (a CPU): the work itself. For tests of everything around the capture."""
@@ -38,7 +42,10 @@ class Rerun:
         return work
 
     def renew(self) -> None:
-        pass
+        """Nothing is kept."""
+
+    def mend(self) -> None:
+        """Nothing is left in between."""
 
 
 class CudaGraphs:
@@ -58,6 +65,9 @@ class CudaGraphs:
     def renew(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()  # a pool dies with its last graph
         torch.cuda.empty_cache()
+
+    def mend(self) -> None:
+        mend_capture()
 
 
 class StepGradients:
@@ -111,25 +121,24 @@ class StaticBatch:
     input_ids: Tensor
     labels: Tensor
     positions: Tensor | None
-    bounds: Tensor | None
     num_items: Tensor | None  # [] float32
     layout: AttentionLayout
 
     @classmethod
     def like(cls, batch: Bucketed, counted: bool) -> StaticBatch:
         """counted: the number that the loss is divided by comes with each batch, too."""
-        device, layout = batch.input_ids.device, batch.layout
-        bounds = None if layout.cu_seqlens is None else layout.cu_seqlens.clone()
+        device, bounds = batch.input_ids.device, batch.layout.cu_seqlens
         return cls(
             batch.input_ids.clone(), batch.labels.to(device, copy=True),
-            None if batch.positions is None else batch.positions.to(device, copy=True), bounds,
+            None if batch.positions is None else batch.positions.to(device, copy=True),
             torch.ones((), dtype=torch.float32, device=device) if counted else None,
-            AttentionLayout(layout.batch, layout.seq, layout.max_seqlen, bounds),
+            replace(batch.layout, cu_seqlens=None if bounds is None else bounds.clone()),
         )  # fmt: skip
 
     def fill(self, batch: Bucketed, num_items: Tensor | float | None) -> None:
         pairs = [(self.input_ids, batch.input_ids), (self.labels, batch.labels)]
-        for mine, theirs in ((self.positions, batch.positions), (self.bounds, batch.layout.cu_seqlens)):
+        bounds = (self.layout.cu_seqlens, batch.layout.cu_seqlens)
+        for mine, theirs in ((self.positions, batch.positions), bounds):
             if mine is not None and theirs is not None:
                 pairs.append((mine, theirs))
         for mine, theirs in pairs:

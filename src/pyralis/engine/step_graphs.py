@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from pyralis.engine.buckets import Bucketed, to_bucket
 from pyralis.engine.captured_step import CapturedStep, CudaGraphs, Recorder, StaticBatch, StepGradients
+from pyralis.models.block import is_distributed
 from pyralis.models.causal_lm import Head, LossRequest, answer_of_decoder, causal_lm_of, causal_state
 from pyralis.models.checkpointing import save_policy
 from pyralis.models.detect import Reason
@@ -102,7 +103,7 @@ class StepGraphs:
         captured.weights.before_replay()
         ticket = _Ticket()
         self._pending = weakref.ref(ticket)
-        inputs = captured.gradients.parameters if _distributed() else (self._anchor_on(batch.input_ids.device),)
+        inputs = captured.gradients.parameters if is_distributed() else (self._anchor_on(batch.input_ids.device),)
         return _Replayed.apply(captured, batch, request.num_items, ticket, *inputs)  # type: ignore[no-any-return]
 
     def _find(
@@ -119,7 +120,7 @@ class StepGraphs:
         state = _model_state(causal, head)
         if isinstance(state, Reason):
             return state
-        if not _same(state, self._model_state):
+        if state != self._model_state:
             self.drop()
             self._seen.clear()
             self._refused.clear()
@@ -174,7 +175,7 @@ class StepGraphs:
         except RuntimeError as error:
             prepared.after_replay(failed=True)
             self.drop()
-            _mend_generator()
+            self._recorder.mend()
             return Reason(f"it cannot be recorded: {str(error).splitlines()[0]}")
         finally:
             torch.set_autocast_cache_enabled(cached)
@@ -206,7 +207,7 @@ class _Replayed(torch.autograd.Function):
         if ctx.ticket.done:
             raise RuntimeError(
                 "a recorded step was asked for its gradient a second time; the first has overwritten its activations. "
-                "Call backward once for each forward, or use `cuda_graph: off`."
+                'Call backward once for each forward, or `use_step_graphs(model, "off")`.'
             )
         ctx.ticket.done = True
         ctx.step.backward(grad)
@@ -214,7 +215,7 @@ class _Replayed(torch.autograd.Function):
 
 
 def _model_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
-    """What recorded steps are fixed to: compared by `_same`."""
+    """What recorded steps are fixed to."""
     backbone = causal.model
     if not is_fast(backbone):
         return Reason("the decoder is not accelerated")
@@ -222,23 +223,20 @@ def _model_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
     for module in (backbone, *outside, causal.lm_head):
         if (hook := _odd_hook(module)) is not None:
             return Reason(f"{type(module).__name__} has a hook, {hook}, which a recorded step would not call")
+    policies = tuple(save_policy(layer) for layer in backbone.layers)
+    if "offload_input" in policies:
+        return Reason("layer inputs are offloaded")
     prepared = prepare_layers(backbone, backbone_state(backbone))
     if len(prepared) != len(backbone.layers):
         return Reason("not all layers are fast")
-    if {save_policy(layer) for layer in backbone.layers} & {"offload_input"}:
-        return Reason("layer inputs are offloaded")
     weights = [p for module in (*outside, causal.lm_head) for p in module.parameters()]
     kind = weights[0].device.type
     return (
         *(layer.state for layer in backbone_state(backbone).kept.weights.layers),
         *((p.data_ptr(), p.requires_grad) for p in weights), head.weight.data_ptr(),
-        tuple(save_policy(layer) for layer in backbone.layers), causal.training,
+        policies, causal.training,
         torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind),
     )  # fmt: skip
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(x is y or x == y for x, y in zip(a, b))
 
 
 def _odd_hook(module: nn.Module) -> str | None:
@@ -249,18 +247,6 @@ def _odd_hook(module: nn.Module) -> str | None:
             if not any(known in name for known in OUTER_HOOKS):
                 return name
     return None
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _mend_generator() -> None:
-    """A capture that failed leaves torch's generator in capture; one that succeeds puts it right."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros(1, device="cuda")
 
 
 __all__ = ["CudaGraph", "StepGraphs", "use_step_graphs"]

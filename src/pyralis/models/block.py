@@ -73,7 +73,12 @@ def _awaited(hidden_states: Tensor) -> bool:
 
     It has to where nothing else needs a gradient, and for DDP, whose hooks run when autograd comes by.
     """
-    return not hidden_states.requires_grad or (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return not hidden_states.requires_grad or is_distributed()
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _forward(hidden_states: Tensor, call: _Call) -> tuple[Tensor, Activations]:

@@ -6,11 +6,12 @@ import os
 import platform
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import psutil
 import torch
+
+from pyralis.compat import installed_versions
 
 PACKAGES = (
     *("pyralis", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "triton"),
@@ -61,7 +62,7 @@ def describe_environment() -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        packages=tuple((name, version) for name in PACKAGES if (version := _installed_version(name))),
+        packages=tuple(installed_versions(PACKAGES).items()),
         cuda=torch.version.cuda,
         gpus=tuple(gpus),
         cpu=_cpu_model(),
@@ -125,13 +126,6 @@ def _probe_nf4(device: torch.device) -> Capability:
     if not error < 0.2:  # half of the widest gap between NF4's levels is 0.15
         return Capability("NF4", False, f"dequantised weights are off by {error:.3g}")
     return Capability("NF4", True, "compute in float32" if device.type == "cpu" else "")
-
-
-def _installed_version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str:

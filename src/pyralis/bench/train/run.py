@@ -18,11 +18,12 @@ from pyralis.bench.train.peers import PEERS
 from pyralis.bench.train.prepare import PREPARED
 from pyralis.bench.train.results import RUN_OR_LOADED, Record, Run
 from pyralis.bench.train.settings import Job, MadeModel, PeerChoice, TrainBench, cases
-from pyralis.bench.versions import bench_versions
+from pyralis.compat import installed_versions
 from pyralis.errors import ConfigError, PyralisError
 
 POLL_SECONDS = 0.2
 LAST_SECONDS = 5.0  # kept back from the time limit for the tables
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "unsloth", "bitsandbytes", "pyralis")
 Report = Callable[[str], None]
 
 
@@ -77,7 +78,7 @@ def _prepared(bench: TrainBench, work_dir: Path, deadline: float | None, report:
     prepared = PREPARED.validate_json(out.read_bytes())
     if prepared.made is None:
         raise ConfigError(prepared.error or "the model could not be made")
-    return Record(bench, prepared.made.facts, prepared.rates, bench_versions()), prepared.made
+    return Record(bench, prepared.made.facts, prepared.rates, installed_versions(PACKAGES)), prepared.made
 
 
 def _run_peer(

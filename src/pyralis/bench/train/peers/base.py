@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, default_data_collator
 
 from pyralis.bench.train.clock import Measured, StepClock
 from pyralis.bench.train.settings import Job, Loop, Shape
@@ -94,6 +94,22 @@ class Peer(ABC):
             optimizer.zero_grad()
             clock.tick(loss.detach())
         return clock.measured()
+
+    def sft_trainer(self, arguments: dict[str, Any], rows: Any, *, checkpointed: bool) -> Any:
+        """`trl.SFTTrainer` with its defaults, on rows that are tokens already."""
+        from trl import SFTConfig, SFTTrainer
+
+        options: dict[str, Any] = {
+            "gradient_checkpointing": checkpointed,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        }
+        return SFTTrainer(
+            model=self.model,
+            args=SFTConfig(**arguments, **options),
+            train_dataset=rows,
+            data_collator=default_data_collator,
+            processing_class=self.tokenizer(),
+        )
 
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.made.folder)

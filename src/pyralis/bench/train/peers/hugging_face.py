@@ -106,16 +106,4 @@ class Trl(HuggingFace):
     """`trl.SFTTrainer` with its defaults."""
 
     def trainer(self, variant: str, arguments: dict[str, Any], rows: Any) -> Any:
-        from trl import SFTConfig, SFTTrainer
-
-        options: dict[str, Any] = {
-            "gradient_checkpointing": variant == "True",
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-        }
-        return SFTTrainer(
-            model=self.model,
-            args=SFTConfig(**arguments, **options),
-            train_dataset=rows,
-            data_collator=default_data_collator,
-            processing_class=self.tokenizer(),
-        )
+        return self.sft_trainer(arguments, rows, checkpointed=variant == "True")

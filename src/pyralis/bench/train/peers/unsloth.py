@@ -7,7 +7,6 @@ from unsloth import FastLanguageModel  # isort: skip
 from typing import Any
 
 from torch import nn
-from transformers import default_data_collator
 
 from pyralis.bench.train.peers.base import Peer
 
@@ -45,16 +44,4 @@ class Unsloth(Peer):
         return self._tokenizer
 
     def trainer(self, variant: str, arguments: dict[str, Any], rows: Any) -> Any:
-        from trl import SFTConfig, SFTTrainer
-
-        options: dict[str, Any] = {
-            "gradient_checkpointing": variant != "False",
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-        }
-        return SFTTrainer(
-            model=self.model,
-            args=SFTConfig(**arguments, **options),
-            train_dataset=rows,
-            data_collator=default_data_collator,
-            processing_class=self.tokenizer(),
-        )
+        return self.sft_trainer(arguments, rows, checkpointed=variant != "False")
