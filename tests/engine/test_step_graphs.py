@@ -324,6 +324,21 @@ def test_training_with_the_flat_optimizer(device: torch.device) -> None:
     assert difference < (1e-5 if device.type == "cpu" else 2e-2)
 
 
+def test_an_earlier_loss_may_still_be_held(device: torch.device) -> None:
+    """Its accumulators of gradients belong to the stream that it was computed on."""
+    model = make(device)
+    engine = graphs(model, device)
+    inputs = batch(device)
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    held = []
+    for _ in range(WARM_UP + 2):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            held.append(causal_lm_loss(model, rest, inputs["labels"]))
+        held[-1].backward()
+    assert engine.reason is None
+    assert engine.replays == 2
+
+
 @pytest.mark.gpu
 def test_many_replays_neither_drift_nor_leak() -> None:
     device = torch.device("cuda")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyralis.engine.buckets import Bucketed
+from pyralis.models.block import standing_for_parameters
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.model_weights import ModelWeights
 from pyralis.ops._capture import mend_capture
@@ -163,7 +164,9 @@ class CapturedStep:
         self._loss: Tensor | None = None
 
         def forward() -> None:
-            self._loss = compute(static)
+            anchor = torch.zeros((), device=static.input_ids.device, requires_grad=True)
+            with standing_for_parameters(anchor):
+                self._loss = compute(static)
 
         def backward() -> None:
             assert self._loss is not None

@@ -1,18 +1,20 @@
 """The fused decoder layer: one autograd node for every family, LoRA and 4-bit weights included.
 
 `fused_layer` computes what stock transformers with PEFT computes for a layer that a `LayerSpec` describes. Where the
-gradients of trained parameters are awaited (`_awaited`), the node takes them as inputs and returns None for them: their
+gradients of trained parameters are awaited (`_leaves`), the node takes them as inputs and returns None for them: their
 gradients have been written to `p.grad` by then (`gradients.py`). So `loss.backward()` works, `torch.autograd.grad` with
 respect to these parameters does not.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyralis.models.block_backward import block_backward
@@ -24,6 +26,7 @@ from pyralis.models.weights import LayerWeights
 from pyralis.ops.attention import AttentionLayout
 
 _NOTHING = nullcontext()
+_anchor: ContextVar[Tensor | None] = ContextVar("anchor", default=None)
 
 
 class _Call(NamedTuple):
@@ -63,17 +66,34 @@ def fused_layer(
     cos, sin = (table.reshape(-1, table.shape[-1]) for table in (cos, sin))
     call = _Call(weights, Context(weights.spec, state, cos, sin, rng), layout, flat, policy, store)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or state.parameters):
-        return _FusedLayer.apply(hidden_states, call, *(state.parameters if _awaited(hidden_states) else ()))
+        return _FusedLayer.apply(hidden_states, call, *_leaves(hidden_states, state.parameters))
     with torch.no_grad(), _no_autocast(hidden_states):
         return _forward(hidden_states, call)[0]
 
 
-def _awaited(hidden_states: Tensor) -> bool:
-    """Whether autograd has to know of trained parameters, which costs a node 2 us for each.
+def _leaves(hidden_states: Tensor, parameters: tuple[nn.Parameter, ...]) -> tuple[Tensor, ...]:
+    """The trained parameters that autograd has to know of, which costs a node 2 us for each.
 
-    It has to where nothing else needs a gradient, and for DDP, whose hooks run when autograd comes by.
+    It has to where nothing else needs a gradient, and for DDP, whose hooks run when autograd comes by. In their place
+    stands the tensor of `standing_for_parameters`, if there is one.
     """
-    return not hidden_states.requires_grad or is_distributed()
+    if (anchor := _anchor.get()) is not None:
+        return () if hidden_states.requires_grad else (anchor,)
+    return () if hidden_states.requires_grad and not is_distributed() else parameters
+
+
+@contextmanager
+def standing_for_parameters(anchor: Tensor) -> Iterator[None]:
+    """Let autograd see `anchor` (a leaf that requires a gradient, and gets none) in place of trained parameters.
+
+    For a capture: the accumulator of a parameter that an earlier loss still holds belongs to the stream of that loss,
+    and waiting for another stream ends a capture.
+    """
+    token = _anchor.set(anchor)
+    try:
+        yield
+    finally:
+        _anchor.reset(token)
 
 
 def is_distributed() -> bool:
