@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from pyralis.errors import ConfigError
+from pyralis.models import dtype
 from pyralis.models.dtype import choose_dtype
 from pyralis.train.old_trainer_names import say_once
 from pyralis.train.sft_trainer import SFTConfig, SFTTrainer, UnslothTrainer, UnslothTrainingArguments
@@ -69,6 +70,14 @@ def test_plain_arguments_are_those_of_trl(tmp_path: Path) -> None:
         trainer.train()
     assert_alike(trainers[1], trainers[0])
     assert trainers[1].args.max_length == 1024
+
+
+def test_bfloat16_on_a_cpu_that_is_fast_in_it_needs_no_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dtype, "cpu_bfloat16_gain", lambda: 4.0)
+    config = SFTConfig(output_dir=str(tmp_path))
+    assert config.bf16
+    assert config.use_cpu
 
 
 def test_the_old_name_in_the_config_and_the_names_of_unsloth(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class TrlConfig:
             device = torch.device("cpu") if given.use_cpu else choose_device()
             dtype = choose_dtype("auto", device).dtype
             given.bf16, given.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+            # transformers refuses bf16 without a GPU unless it is told that the CPU is meant
+            given.use_cpu = given.use_cpu or (given.bf16 and device.type == "cpu")
         super().__post_init__()  # type: ignore[misc]
 
 
