@@ -42,6 +42,8 @@ def load(**values: Any) -> LoadedConfig:
         ("stage", "pt", "task_type", "pretrain"),
         ("finetuning_type", "lora", "train_mode", "lora"),
         ("quantization_bit", 4, "train_mode", "qlora"),
+        ("double_quantization", False, "double_quant", False),
+        ("enable_liger_kernel", True, "use_liger_kernel", True),
         ("template", "qwen", "template_name", "qwen"),
         ("flash_attn", "fa2", "attn_implementation", "flash_attention_2"),
         ("val_size", 0.1, "eval_split", 0.1),
@@ -73,6 +75,7 @@ def test_dropped_names_change_nothing(old: str) -> None:
         ("load_in_8bit", True, "qlora"),
         ("quantization_bit", 8, "train_mode: qlora"),
         ("finetuning_type", "freeze", "train_mode"),
+        ("quantization_method", "hqq", "bitsandbytes"),
         ("val_size", 100, "eval_split"),
         ("warmup_ratio", 1.5, "below 1"),
         ("warmup_ratio", True, "below 1"),
@@ -110,7 +113,25 @@ def test_warmup_steps_count_before_a_ratio_as_they_always_did() -> None:
 
 
 def test_llama_factory_qlora_in_two_words() -> None:
-    assert load(finetuning_type="lora", quantization_bit=4).config.train_mode == "qlora"
+    assert load(finetuning_type="lora", quantization_bit=4, quantization_method="bnb").config.train_mode == "qlora"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({}, (8, 16, 0.0)),
+        ({"lora_rank": 32}, (32, 64, 0.0)),
+        ({"lora_rank": 32, "lora_alpha": 16, "lora_dropout": 0.1}, (32, 16, 0.1)),
+    ],
+)
+def test_lora_of_llama_factory_is_the_same_lora(given: dict[str, Any], meant: tuple[float, ...]) -> None:
+    config = load(finetuning_type="lora", **given).config
+    assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == meant
+    assert load(finetuning_type="full").config.lora_alpha == load().config.lora_alpha
+
+
+def test_resume_from_checkpoint_null_says_nothing() -> None:
+    assert load(resume_from_checkpoint=None).config.resume_from_checkpoint == "auto"
 
 
 def test_the_table_leads_to_fields() -> None:

@@ -36,6 +36,9 @@ Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_keep_intege
 OnOff = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
 """YAML 1.1 reads `on` and `off` as booleans."""
 
+NotSaid = BeforeValidator(lambda value: "auto" if value is None else value)
+"""Configs of other programs write `null` where nothing is meant."""
+
 NoWord = BeforeValidator(lambda value: "no" if value is False else value)
 """YAML 1.1 reads `no` as false."""
 

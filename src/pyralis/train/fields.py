@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from pyralis.data.named_templates import TEMPLATES
-from pyralis.train.field_types import Integer, NoWord, Number, OnOff
+from pyralis.train.field_types import Integer, NotSaid, NoWord, Number, OnOff
 
 TEMPLATE_NAMES = tuple(sorted(TEMPLATES))
 LEARNING_RATE = {"full": 1e-5, "lora": 2e-4, "qlora": 2e-4}
@@ -107,8 +107,19 @@ class OwnFields(BaseModel):
     loss_on: Literal["all_turns", "last_turn", "everything"] = _own(
         "all_turns", "Which tokens are learnt: every assistant turn, the last one, or all text."
     )
-    overlong: Literal["truncate", "drop", "error"] = _own(
-        "truncate", "What happens to a row longer than max_seq_length. It is counted in any case."
+    on_bad_row: Literal["error", "skip"] = _own(
+        "error", "A row that cannot be read, or that its format or template refuses: stop, or skip it and list it."
+    )
+    on_overlong: Literal["truncate", "drop", "split", "error"] = _own(
+        "truncate",
+        "A row longer than max_seq_length: cut it at its end, leave it out, make several of it (conversations between "
+        "rounds), or stop. Rows and tokens lost are counted.",
+    )
+    max_data_lost: Number = _own(
+        0.5,
+        "Share of the rows left out, or of the tokens cut off or left out, past which the run is refused.",
+        ge=0,
+        le=1,
     )
     packing: bool = _own(
         lambda fields: fields["task_type"] == "pretrain",
@@ -201,7 +212,7 @@ class OwnFields(BaseModel):
         "false: never.",
         origin="transformers",
     )
-    resume_from_checkpoint: bool | str = _own(
+    resume_from_checkpoint: Annotated[bool | str, NotSaid] = _own(
         "auto",
         "auto: go on from the newest whole checkpoint in output_dir if there is one; true: there must be one; false: "
         "never, so an unfinished run there is refused; or a checkpoint folder.",

@@ -75,11 +75,21 @@ def _quantization_bit(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finetuning_type(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    if value == "lora" and given.get("quantization_bit") == 4:
-        return {"train_mode": "qlora"}
+    """With LLaMA-Factory's own rank, alpha and dropout where its file leaves them out: alpha / rank is 2 there."""
     if value not in {"full", "lora"}:
         raise ValueError(f"{value!r} is not supported; set train_mode to full, lora or qlora.")
-    return {"train_mode": value}
+    if value == "full":
+        return {"train_mode": "full"}
+    rank = given.get("lora_rank", 8)
+    defaults = {"lora_rank": rank, "lora_alpha": 2 * rank if isinstance(rank, int) else None, "lora_dropout": 0.0}
+    lora = {name: default for name, default in defaults.items() if name not in given and default is not None}
+    return {"train_mode": "qlora" if given.get("quantization_bit") == 4 else "lora"} | lora
+
+
+def _quantization_method(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    if value not in (None, "bnb", "bitsandbytes"):
+        raise ValueError(f"{value!r} is not supported; 4 bits are bitsandbytes' here.")
+    return {}
 
 
 def _lora_target(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,8 +197,16 @@ OLD_NAMES: dict[str, OldName] = {
     "random_state": _renamed("Unsloth", "seed"),
     "use_gradient_checkpointing": _renamed("Unsloth", "gradient_checkpointing", values=_CHECKPOINTING),
     "stage": _renamed(_FACTORY, "task_type", values={"pt": "pretrain"}),
-    "finetuning_type": OldName(_FACTORY, ("train_mode",), "LLaMA-Factory's name", _finetuning_type),
+    "finetuning_type": OldName(
+        _FACTORY,
+        ("train_mode", "lora_rank", "lora_alpha", "lora_dropout"),
+        "LLaMA-Factory's name; for lora its rank 8, alpha 2 x rank and dropout 0 are meant where they are not given",
+        _finetuning_type,
+    ),
     "quantization_bit": OldName(_FACTORY, ("train_mode",), "LLaMA-Factory's name", _quantization_bit),
+    "quantization_method": OldName(_FACTORY, (), "4 bits are always bitsandbytes'", _quantization_method),
+    "double_quantization": _renamed(_FACTORY, "double_quant"),
+    "enable_liger_kernel": _renamed(_FACTORY, "use_liger_kernel"),
     "template": _renamed(_FACTORY, "template_name"),
     "dataset": _renamed(_FACTORY, "train_file"),
     "eval_dataset": _renamed(_FACTORY, "eval_file"),
