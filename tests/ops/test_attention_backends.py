@@ -12,6 +12,7 @@ from torch import Tensor
 from pyralis.ops import attention_backends
 from pyralis.ops._aten import AtenOp, aten
 from pyralis.ops.attention import attention_backward, attention_forward, reference
+from pyralis.ops.attention_parts import Saved
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
 
 SPEC = AttentionSpec(8, 2, 64, 0.125)
@@ -74,6 +75,30 @@ def test_efficient(packed: bool, window: int | None, deterministic: bool, monkey
     assert seen.get("window_size") == window
     assert seen.get("num_splits_key") == (1 if deterministic else None)
     assert (seen["cu_seqlens_q"] is not None) == packed
+
+
+def test_cudnn_is_called_as_it_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch finds plans by q, k and v alone: `out` and `grad_out` lie as in the first call, their values unchanged."""
+    seen: list[dict[str, Any]] = []
+
+    def record(**arguments: Any) -> tuple[Tensor, ...]:
+        seen.append(arguments)
+        return tuple(torch.empty_like(arguments[name]) for name in ("query", "key", "value"))
+
+    monkeypatch.setattr(attention_backends, "aten", lambda name: replace(aten(name), overload=record))
+    monkeypatch.setattr(attention_backends, "_planned", {})
+    (q, k, v), dout = tensors_on("cpu", torch.float32)
+    wide, narrow = torch.randn(TOKENS, 576)[:, :512], torch.randn(TOKENS, 512)
+    state = dict.fromkeys(("logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset"))
+    for batch, out, grad in ((2, wide, dout), (2, narrow, dout), (2, wide, narrow), (1, narrow, narrow)):
+        layout = AttentionLayout.padded(batch, TOKENS // batch)
+        attention_backends._cudnn_backward(grad, Saved("cudnn", SPEC, layout, q, k, v, out, state))
+        given = seen[-1]
+        for name, t in (("out", out), ("grad_out", grad)):
+            assert torch.equal(given[name].transpose(1, 2).reshape(TOKENS, 512), t)
+    assert [call["out"].stride(2) for call in seen] == [576, 576, 576, 512]
+    assert [call["grad_out"].stride(2) for call in seen] == [520, 520, 520, 512]
+    assert seen[0]["out"].data_ptr() == wide.data_ptr()  # nothing is copied where nothing has to be
 
 
 def test_gradients_of_repeated_heads_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ Shapes as in `attention_spec.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,11 +32,32 @@ def _cudnn_forward(
     return rows(results.pop("output").transpose(1, 2)), results
 
 
+# By what torch up to 2.11 knows a plan of cuDNN's backward: the strides of `out` and `grad_out` that it was made for.
+_planned: dict[tuple[Any, ...], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+
+def _as_planned(inputs: Sequence[Tensor], out: Tensor, dout: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """`out` and `dout` with the strides that they had when cuDNN's backward was first called for such inputs.
+
+    Its plan fixes all strides, but torch up to 2.11 finds plans by those of q, k and v alone: with other strides of
+    `out` (rows with room for LoRA's columns, or without) memory that is none of its own would be read for it.
+    """
+    key = (*((t.shape, t.stride()) for t in inputs), out.dtype, out.device, causal)
+    strides = _planned.setdefault(key, (out.stride(), dout.stride()))
+    found = (
+        t if t.stride() == s else torch.empty_strided(t.shape, s, dtype=t.dtype, device=t.device).copy_(t)
+        for t, s in zip((out, dout), strides)
+    )
+    return next(found), next(found)
+
+
 def _cudnn_backward(dout: Tensor, saved: Saved) -> Gradients:
     spec, layout = saved.spec, saved.layout
-    tensors = (heads(t, spec, layout).transpose(1, 2) for t in (dout, saved.q, saved.k, saved.v, saved.out))
+    tensors = (heads(t, spec, layout).transpose(1, 2) for t in (saved.q, saved.k, saved.v, saved.out, dout))
+    query, key, value, out, dout = tensors
+    out, dout = _as_planned((query, key, value), out, dout, spec.causal)
     given = {
-        **dict(zip(("grad_out", "query", "key", "value", "out"), tensors)),
+        "grad_out": dout, "query": query, "key": key, "value": value, "out": out,
         "attn_bias": None, "dropout_p": 0.0, "is_causal": spec.causal, "scale": spec.scale,
     }  # fmt: skip
     dq, dk, dv = aten("_scaled_dot_product_cudnn_attention_backward")(given, saved.state).values()
