@@ -63,7 +63,8 @@ def build(tmp_path: Path) -> Callable[..., BuiltData]:
             write(tmp_path / name, content)
         for key, default in (("files", ["train.jsonl"]), ("eval_files", [])):
             options[key] = tuple(str(tmp_path / name) for name in options.get(key, default))
-        settings = DataSettings(**{"max_seq_length": 200, "cache_dir": str(tmp_path / "cache"), **options})
+        defaults = {"max_seq_length": 200, "cache_dir": str(tmp_path / "cache"), "max_data_lost": 1.0}
+        settings = DataSettings(**(defaults | options))
         return build_dataset(settings, tokenizer, template)
 
     return build
@@ -173,15 +174,15 @@ def test_nothing_to_learn_at_all_is_refused(rows: list[Any], advice: str, build:
 
 
 def test_overlong_rows_are_dropped_or_refused_where_asked(build: Callable[..., BuiltData], tmp_path: Path) -> None:
-    dropped = build([GOOD, LONG, CUT], overlong="drop").report
+    dropped = build([GOOD, LONG, CUT], on_overlong="drop").report
     assert (dropped.rows_kept, dropped.truncated) == (1, 0)
     assert [(drop.reason, drop.rows) for drop in dropped.dropped] == [(encode.OVERLONG, 2)]
     with pytest.raises(
-        DataError, match=r"train.jsonl:2: \d+ tokens, but max_seq_length is 200 and overlong is 'error'"
+        DataError, match=r"train.jsonl:2: \d+ tokens, but max_seq_length is 200 and on_overlong is 'error'"
     ):
-        build([GOOD, CUT], overlong="error")
-    with pytest.raises(DataError, match="set overlong: truncate"):
-        build([CUT], overlong="drop")
+        build([GOOD, CUT], on_overlong="error")
+    with pytest.raises(DataError, match="set on_overlong: truncate"):
+        build([CUT], on_overlong="drop")
 
 
 # ---- formats, files and errors ----
@@ -243,7 +244,7 @@ def test_eval_files(build: Callable[..., BuiltData]) -> None:
     assert built.report.eval is not None
     assert built.report.eval.rows_kept == 1
     again = build(files, eval_files=["train.jsonl"])
-    assert "is also training data" in " ".join(again.report.warnings)
+    assert "3 of 3 evaluation rows are training rows too" in " ".join(again.report.warnings)
 
 
 @pytest.mark.parametrize("packing", [False, True])

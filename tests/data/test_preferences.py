@@ -56,10 +56,10 @@ def test_overlong(build: Callable[..., BuiltData], tmp_path: Path) -> None:
     assert (built.report.rows_kept, built.report.truncated) == (2, 1)
     assert [row["pair_lengths"].tolist() for row in built.train] == [[prompt, chosen, rejected]] * 2
     assert parts(built.train[1])[0] == "HiHiHiHi<|im_end|>\n<|im_start|>assistant\n"  # its last tokens
-    dropped = build([PAIR, long], overlong="drop", **options).report
+    dropped = build([PAIR, long], on_overlong="drop", **options).report
     assert [(drop.reason, drop.rows) for drop in dropped.dropped] == [(encode.OVERLONG, 1)]
     with pytest.raises(DataError, match=r"train.jsonl:2: \d+ tokens, but max_seq_length is"):
-        build([PAIR, long], overlong="error", **options)
+        build([PAIR, long], on_overlong="error", **options)
 
 
 def test_answers_that_are_the_same_once_they_are_cut(build: Callable[..., BuiltData]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,13 +14,16 @@ from datasets import Dataset
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
-from pyralis.data.build import DataSource, Progress, build_files
+from pyralis.data.build import build_files
 from pyralis.data.cache import REPORT_NAME, build_once, cache_key, cache_root, file_digest
 from pyralis.data.encode import Encoder
+from pyralis.data.examples import Progress
 from pyralis.data.files import HubDataset, resolve_files
+from pyralis.data.left_out import LEFT_OUT_NAME
 from pyralis.data.read import load_hub, read_file, read_hub
 from pyralis.data.report import DataReport
 from pyralis.data.settings import DataSettings, TaskType
+from pyralis.data.sources import DataSource
 from pyralis.data.store import read_dataset
 from pyralis.data.template import ChatTemplate, resolve_template
 from pyralis.errors import DataError
@@ -34,14 +38,15 @@ _REPORT = TypeAdapter(DataReport)
 class BuiltData:
     """Datasets with the columns input_ids, labels, length; packed ones also seq_lengths (the lengths of the parts of
     each row), and where the parts must not attend to one another position_ids; preferences pair_lengths
-    (`store.PAIR_COLUMNS`). `digest` is of the content of the
-    training files."""
+    (`store.PAIR_COLUMNS`). `digest` is of the content of the training files; `left_out` is the list of the rows that
+    were left out (`left_out.LeftOutList`), None where there are none."""
 
     train: Dataset
     eval: Dataset | None
     report: DataReport
     from_cache: bool
     digest: str
+    left_out: Path | None
 
 
 def build_dataset(
@@ -107,7 +112,8 @@ def _load(folder: Path, from_cache: bool, digest: str) -> BuiltData:
     for part, about in ((train, report), (evaluation, report.eval)):
         if part is not None and about is not None and len(part) != about.sequences:
             raise ValueError(f"{len(part)} rows, but its report says {about.sequences}")
-    return BuiltData(train, evaluation, report, from_cache, digest)
+    left_out = folder / LEFT_OUT_NAME
+    return BuiltData(train, evaluation, report, from_cache, digest, left_out if left_out.is_file() else None)
 
 
 def _open(files: Sequence[str], settings: DataSettings) -> list[DataSource]:
@@ -116,7 +122,7 @@ def _open(files: Sequence[str], settings: DataSettings) -> list[DataSource]:
 
 def _open_one(found: Path | HubDataset, settings: DataSettings) -> DataSource:
     if isinstance(found, Path):
-        return DataSource(str(found), file_digest(found), lambda: read_file(found))
+        return DataSource(str(found), file_digest(found), partial(read_file, found))
     hub_cache = None if settings.cache_dir is None else Path(settings.cache_dir).expanduser()
     rows = load_hub(found, split=settings.split, cache_dir=hub_cache)
-    return DataSource(f"{found}@{settings.split}", rows._fingerprint, lambda: read_hub(rows, found))
+    return DataSource(f"{found}@{settings.split}", rows._fingerprint, lambda on_bad: read_hub(rows, found))

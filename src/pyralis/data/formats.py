@@ -6,13 +6,12 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from itertools import islice
+from typing import Any
 
-from pyralis.data.messages import messages_of, optional_text, text_of, type_name, with_system
-from pyralis.data.types import Conversation, Message, PlainText, Preference, PromptCompletion, Record, Source
+from pyralis.data.messages import messages_of, optional_text, shown, text_of, type_name, with_system
+from pyralis.data.types import Conversation, Message, PlainText, Preference, PromptCompletion, Record, Row, Source
 from pyralis.errors import DataError
-
-Row: TypeAlias = dict[str, Any]
 
 # What is counted while parsing, and said in the report.
 UNANSWERED = "trailing turns without an answer, cut off"
@@ -38,11 +37,15 @@ def detect_format(row: Row, source: Source) -> str:
         if all(row.get(key) is not None for key in fmt.keys):
             return name
     known = sorted({key for fmt in FORMATS.values() for key in fmt.keys})
-    near = [f"{key} (for {found[0]}?)" for key in row if (found := difflib.get_close_matches(str(key), known, 1, 0.75))]
+    short = [key for key in islice(map(str, row), 50) if len(key) < 30]
+    near = [
+        f"{shown([key])} (for {found[0]}?)"
+        for key in short
+        if (found := difflib.get_close_matches(key, known, 1, 0.75))
+    ]
     hint = f" Nearly right: {', '.join(near)}." if near else ""
     forms = "\n".join(f"  {name}: {fmt.example}" for name, fmt in FORMATS.items())
-    keys = ", ".join(map(str, row)) or "(none)"
-    raise DataError(f"{source}: the format is not known by its keys, which are: {keys}.{hint} Known are\n{forms}")
+    raise DataError(f"{source}: the format is not known by its keys, which are: {shown(row)}.{hint} Known are\n{forms}")
 
 
 def parse_row(row: Row, fmt: str, source: Source, counts: Counter[str] | None = None) -> Record:
@@ -60,10 +63,9 @@ def parse_row(row: Row, fmt: str, source: Source, counts: Counter[str] | None = 
         raise DataError(f"data_format {fmt!r} is not known.{hint} Known are {', '.join(FORMATS)}.")
     missing = [key for key in FORMATS[fmt].keys if row.get(key) is None]
     if missing:
-        keys = ", ".join(map(str, row)) or "(none)"
         raise DataError(
-            f"{source}: this row has no {' and no '.join(map(repr, missing))}, as format {fmt} needs; it has {keys}. "
-            "All rows of a file must be of one format: that of its first row, or `data_format`."
+            f"{source}: this row has no {' and no '.join(map(repr, missing))}, as format {fmt} needs; it has "
+            f"{shown(row)}. All rows of a file must be of one format: that of its first row, or `data_format`."
         )
     return FORMATS[fmt].parse(row, source, Counter() if counts is None else counts)
 

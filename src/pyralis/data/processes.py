@@ -11,7 +11,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 
-from pyralis.data.encode import EncodedChunk, Encoder, RawRow
+from pyralis.data.encode import Encoder
+from pyralis.data.encoded_row import EncodedChunk, RawRow
 from pyralis.errors import DataError
 
 CHUNK_ROWS = 256

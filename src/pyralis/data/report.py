@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
-
-from pyralis.data.types import Source
+from dataclasses import dataclass
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 EXAMPLES_PER_REASON = 5
@@ -42,6 +36,10 @@ class DataReport:
         rows_kept: examples or documents to train on; `sequences` is the number of rows they stand in.
         packed_fill: share of the packed rows' room that holds tokens; None without packing.
         truncated: rows cut to max_seq_length, of `rows_kept`.
+        split, pieces: overlong rows that were split, and how many of `rows_kept` they became.
+        tokens_lost: tokens cut off or left out with their row. Those of bad rows are not known.
+        duplicates: of `rows_kept`, those that are the same as an earlier one.
+        shared: of the evaluation rows, those that are training rows too; 0 in the report on the training data.
         supervised_tokens: tokens that the loss is taken on.
         length_percentiles: (percent, tokens).
         length_histogram: (upper edge, examples), 20 bins of one width.
@@ -61,6 +59,11 @@ class DataReport:
     length_histogram: tuple[tuple[int, int], ...]
     packed_fill: float | None
     warnings: tuple[str, ...]
+    split: int = 0
+    pieces: int = 0
+    tokens_lost: int = 0
+    duplicates: int = 0
+    shared: int = 0
     eval: DataReport | None = None
 
     @property
@@ -74,8 +77,9 @@ class DataReport:
             rest = self.files[8:]
             lines.append(f"and {len(rest)} more files with {_number(sum(file.rows for file in rest), 'row')}")
         share = self.supervised_tokens / max(1, self.tokens)
+        pieces = f" ({_number(self.split, 'long one')} split into {self.pieces:,})" if self.split else ""
         lines.append(
-            f"{_number(self.rows_kept, 'row')} kept of {self.rows_read:,}: {self.tokens:,} tokens, "
+            f"{_number(self.rows_kept, 'row')} kept of {self.rows_read:,}{pieces}: {self.tokens:,} tokens, "
             f"{self.supervised_tokens:,} of them learnt ({share:.0%})"
         )
         percentiles = dict(self.length_percentiles)
@@ -87,6 +91,9 @@ class DataReport:
         lines.extend(map(str, self.dropped))
         if self.truncated:
             lines.append(f"truncated {_number(self.truncated, 'row')} to max_seq_length")
+        if self.tokens_lost:
+            share = self.tokens_lost / (self.tokens + self.tokens_lost)
+            lines.append(f"lost by that: {_number(self.tokens_lost, 'token')} ({share:.1%})")
         lines.extend(f"note: {warning}" for warning in self.warnings)
         if self.eval is not None:
             lines.extend(f"eval: {line}" for line in self.eval.summary_lines())
@@ -95,62 +102,3 @@ class DataReport:
 
 def _number(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-@dataclass
-class Tally:
-    """Counts kept while rows go by; `report` closes them."""
-
-    formats: dict[str, str] = field(default_factory=dict)
-    rows: Counter[str] = field(default_factory=Counter)
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    dropped_rows: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def read(self, source: Source, fmt: str) -> None:
-        self.formats.setdefault(source.file, fmt)
-        self.rows[source.file] += 1
-
-    def drop(self, source: Source, reason: str) -> None:
-        self.dropped_rows[reason] += 1
-        examples = self.dropped.setdefault(reason, [])
-        if len(examples) < EXAMPLES_PER_REASON:
-            examples.append(str(source))
-
-    @property
-    def drops(self) -> tuple[Dropped, ...]:
-        """By number, the most frequent reason first."""
-        return tuple(
-            Dropped(reason, rows, tuple(self.dropped[reason])) for reason, rows in self.dropped_rows.most_common()
-        )
-
-    def report(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        *,
-        sequences: int,
-        tokens: int,
-        supervised_tokens: int,
-        packed_fill: float | None,
-        warnings: Sequence[str] = (),
-        eval_report: DataReport | None = None,
-    ) -> DataReport:
-        lengths = np.asarray(lengths)
-        counts, edges = np.histogram(lengths, bins=20, range=(0, max(20, int(lengths.max()))))
-        return DataReport(
-            files=tuple(FileReport(file, self.formats[file], rows) for file, rows in self.rows.items()),
-            rows_read=self.rows.total(),
-            rows_kept=len(lengths),
-            sequences=sequences,
-            dropped=self.drops,
-            truncated=self.truncated,
-            tokens=tokens,
-            supervised_tokens=supervised_tokens,
-            longest=int(lengths.max()),
-            length_percentiles=tuple((p, int(np.percentile(lengths, p))) for p in PERCENTILES),
-            length_histogram=tuple((int(np.ceil(edge)), int(count)) for edge, count in zip(edges[1:], counts)),
-            packed_fill=packed_fill,
-            warnings=(*(f"{count:,} {what}" for what, count in self.counts.items() if count), *warnings),
-            eval=eval_report,
-        )

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pyralis.data.types import LossOn
 
 TaskType = Literal["pretrain", "sft", "dpo"]
-Overlong = Literal["truncate", "drop", "error"]
+OnOverlong = Literal["truncate", "drop", "split", "error"]
+OnBadRow = Literal["error", "skip"]
 
 
 def _as_tuple(files: str | Path | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -27,7 +28,9 @@ class DataSettings:
         data_format: a name of `formats.FORMATS`, or "auto" to tell it by each file's first row.
         max_seq_length: longest row, in tokens.
         packing: fill rows up to max_seq_length; None packs in pretraining only.
-        overlong: what happens to an example longer than max_seq_length (packed documents are never too long).
+        on_bad_row: what happens to a row that cannot be read, or that its format or template refuses.
+        on_overlong: what happens to an example longer than max_seq_length (packed documents are never too long).
+        max_data_lost: share of the rows left out, or of the tokens cut off or left out, past which the data is refused.
         max_prompt_length: of a preference longer than max_seq_length, the last tokens of the prompt that are kept in
             any case.
         eval_split: share of the training examples held out, drawn with `seed`; not together with eval_files.
@@ -43,7 +46,9 @@ class DataSettings:
     task_type: TaskType = "sft"
     loss_on: LossOn = "all_turns"
     packing: bool | None = None
-    overlong: Overlong = "truncate"
+    on_bad_row: OnBadRow = "error"
+    on_overlong: OnOverlong = "truncate"
+    max_data_lost: float = 0.5
     max_prompt_length: int = 512
     split: str = "train"
     eval_split: float = 0.0
@@ -67,7 +72,9 @@ class DataSettings:
             task_type=config.task_type,
             loss_on=config.loss_on,
             packing=config.packing,
-            overlong=config.overlong,
+            on_bad_row=config.on_bad_row,
+            on_overlong=config.on_overlong,
+            max_data_lost=config.max_data_lost,
             max_prompt_length=config.max_prompt_length,
             split=config.dataset_split,
             eval_split=config.eval_split,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from pyralis.errors import DataError
+
+Row: TypeAlias = dict[str, Any]
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 LossOn: TypeAlias = Literal["all_turns", "last_turn", "everything"]
 
@@ -18,6 +22,10 @@ class Source:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.row}"
+
+
+OnBad: TypeAlias = Callable[[Source, DataError], None]
+"""What is told of a row that cannot be read: its place, and why."""
 
 
 @dataclass(frozen=True, slots=True)

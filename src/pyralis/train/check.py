@@ -65,6 +65,8 @@ def _task(config: TrainConfig) -> Iterator[Finding]:
         yield Finding(("data_format", "task_type"), "data_format: preference goes with task_type: dpo only.")
     if task == "pretrain":
         yield from unused(config, ("template_name", "system", "loss_on"), "pretraining learns all text as it is")
+        if config.packing:
+            yield from unused(config, ("on_overlong",), "packed documents are never too long")
     if task == "dpo":
         yield from unused(config, ("loss_on",), "dpo compares whole answers")
 

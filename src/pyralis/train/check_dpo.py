@@ -25,3 +25,8 @@ def dpo_rule(config: TrainConfig) -> Iterator[Finding]:
         )
     if loss == "exo_pair" and not smoothing:
         yield Finding(("label_smoothing", "loss_type"), "loss_type: exo_pair needs label_smoothing, such as 1e-3.")
+    if config.on_overlong == "split":
+        yield Finding(
+            ("on_overlong", "task_type"),
+            "on_overlong: split does not go with task_type: dpo, which compares whole answers; use truncate or drop.",
+        )

@@ -25,7 +25,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Data": (
         *("train_file", "template_name", "system", "data_format", "dataset_split", "max_samples", "max_seq_length"),
-        *("packing", "loss_on", "overlong", "eval_file", "eval_split"),
+        *("packing", "loss_on", "on_bad_row", "on_overlong", "max_data_lost", "eval_file", "eval_split"),
     ),
     "Method": (
         *(

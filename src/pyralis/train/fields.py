@@ -107,8 +107,19 @@ class OwnFields(BaseModel):
     loss_on: Literal["all_turns", "last_turn", "everything"] = _own(
         "all_turns", "Which tokens are learnt: every assistant turn, the last one, or all text."
     )
-    overlong: Literal["truncate", "drop", "error"] = _own(
-        "truncate", "What happens to a row longer than max_seq_length. It is counted in any case."
+    on_bad_row: Literal["error", "skip"] = _own(
+        "error", "A row that cannot be read, or that its format or template refuses: stop, or skip it and list it."
+    )
+    on_overlong: Literal["truncate", "drop", "split", "error"] = _own(
+        "truncate",
+        "A row longer than max_seq_length: cut it at its end, leave it out, make several of it (conversations between "
+        "rounds), or stop. Rows and tokens lost are counted.",
+    )
+    max_data_lost: Number = _own(
+        0.5,
+        "Share of the rows left out, or of the tokens cut off or left out, past which the run is refused.",
+        ge=0,
+        le=1,
     )
     packing: bool = _own(
         lambda fields: fields["task_type"] == "pretrain",

@@ -120,7 +120,6 @@ def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
         ModelError: token ids beyond the vocabulary (a tokenizer of another model).
         ConfigError: rows longer than a learnt table of positions.
     """
-    notes = _stop_notes(prepared)
     parts = [part for part in (prepared.data.train, prepared.data.eval) if part is not None]
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(prepared.tokenizer) > vocabulary and (highest := max(map(highest_token, parts))) >= vocabulary:
@@ -131,13 +130,13 @@ def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
     longest = max(map(longest_sequence, parts))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not limit or longest <= (context_length(model.config) or limit):
-        return notes
+        return ()
     if has_learnt_positions(model):
         raise ConfigError(
             f"max_seq_length: a row has {longest} tokens, but {type(model).__name__} has only {limit} positions. Set "
             f"max_seq_length to {limit} or less."
         )
-    return (*notes, f"the longest row has {longest} tokens; the model was made for {limit}, and is unsure beyond")
+    return (f"the longest row has {longest} tokens; the model was made for {limit}, and is unsure beyond",)
 
 
 def _length_for_rope(config: TrainConfig, prepared: PreparedData) -> int | None:
@@ -149,21 +148,6 @@ def _length_for_rope(config: TrainConfig, prepared: PreparedData) -> int | None:
         return None
     parts = [part for part in (prepared.data.train, prepared.data.eval) if part is not None]
     return max(map(longest_sequence, parts))
-
-
-def _stop_notes(prepared: PreparedData) -> tuple[str, ...]:
-    """A stop text in several tokens is learnt and obeyed all the same, but mostly means a template of another model."""
-    if prepared.template is None:
-        return ()
-    encoded = {
-        stop: prepared.tokenizer.encode(stop, add_special_tokens=False) for stop in prepared.template.stop_strings
-    }
-    return tuple(
-        f"{stop!r}, which ends an answer in this template, is {len(ids)} tokens of this model's tokenizer: is it the "
-        "model's template?"
-        for stop, ids in encoded.items()
-        if len(ids) > 1
-    )
 
 
 def has_learnt_positions(model: nn.Module) -> bool:
