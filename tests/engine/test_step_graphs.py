@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from pyralis.engine.buckets import bucket_length, to_bucket
+from pyralis.engine.buckets import Bucketed, bucket_length, to_bucket
 from pyralis.engine.captured_step import CudaGraphs, Rerun
 from pyralis.engine.flat_parameters import flatten_parameters
 from pyralis.engine.optimizer import FlatAdamW
@@ -19,6 +19,7 @@ from pyralis.models.causal_lm import causal_lm_loss, causal_lm_of
 from pyralis.models.detect import Reason
 from pyralis.models.fast_path import backbone_state
 from pyralis.models.surgery import accelerate, restore
+from tests.models.fast_models import padding_computed
 from tests.tiny import FAMILIES, build_tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -379,7 +380,71 @@ def test_bucket_length(tokens: int, length: int) -> None:
     assert bucket_length(tokens) == length
 
 
-def test_packed_rows_of_odd_length_are_refused() -> None:
-    ids = torch.zeros((2, 50), dtype=torch.int64)
-    positions = torch.cat([torch.arange(20), torch.arange(30)]).expand(2, -1)
-    assert isinstance(to_bucket(ids, ids, {"position_ids": positions}), Reason)
+def test_packed_rows_become_one() -> None:
+    ids = torch.arange(100).view(2, 50)
+    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]  # for both
+    found = to_bucket(ids, ids + 1, {"position_ids": positions})
+    assert isinstance(found, Bucketed)
+    assert found.positions is not None
+    assert found.layout.cu_seqlens is not None
+    assert found.input_ids[0, :100].tolist() == list(range(100))
+    assert found.targets[0, 98:].tolist() == [99, 100] + [-100] * 28
+    assert found.positions[0].tolist() == [*positions[0].tolist() * 2, *range(28)]
+    assert found.layout.cu_seqlens.tolist() == [0, 20, 50, 70, 100, *[128] * 27]
+    assert isinstance(to_bucket(ids, ids, {"position_ids": torch.zeros(3, 2, 50)}), Reason)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_rows_become_a_packed_one(side: str) -> None:
+    lengths = (50, 9, 0, 20)
+    mask = (torch.arange(50) < torch.tensor(lengths)[:, None]).long()
+    mask = mask if side == "right" else mask.flip(1)
+    ids = torch.arange(200).view(4, 50)
+    found = to_bucket(ids, ids + 1, {"attention_mask": mask}, removable=lambda layout: True)
+    assert isinstance(found, Bucketed)
+    assert found.positions is not None
+    assert found.layout.cu_seqlens is not None
+    real = ids[mask.bool()]
+    assert torch.equal(found.input_ids[0, :79], real)
+    assert found.targets[0].tolist() == [*(real + 1).tolist(), *[-100] * 49]
+    assert torch.equal(found.positions[0, :79], real % 50)
+    assert found.layout.cu_seqlens[:6].tolist() == [0, 50, 59, 59, 79, 128]
+    assert (found.layout.cu_seqlens.numel(), found.layout.max_seqlen) == (32, 128)
+    for removable in (None, lambda layout: False):
+        kept = to_bucket(ids, ids + 1, {"attention_mask": mask}, removable=removable)
+        assert isinstance(kept, Bucketed)
+        assert kept.input_ids.shape == (4, 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "granite"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_ragged_batches_share_few_steps(device: torch.device, family: str, side: str) -> None:
+    """Padded batches of other lengths in each step, computed without their padding."""
+    plain, recorded = make(device, family), make(device, family)
+    engine = graphs(recorded, device)
+    generator = torch.Generator().manual_seed(3)
+    for seed in range(WARM_UP + 4):
+        lengths = [75 + seed, *torch.randint(15, 25, (4,), generator=generator).tolist()]
+        inputs = ragged(device, lengths, side, seed)
+        hints = {"padding_side": side, "sequence_lengths": lengths}
+        for model in (plain, recorded):
+            model.zero_grad()
+        with padding_computed():
+            want = run(plain, inputs)
+        assert run(recorded, {**inputs, **hints}) == pytest.approx(want, rel=1e-5 if device.type == "cpu" else 2e-3)
+        same(gradients(recorded), gradients(plain))
+    assert engine.replays == 4
+    assert {tuple(step.static.input_ids.shape) for step in engine._steps.values()} == {(1, 192)}
+
+
+def ragged(device: torch.device, lengths: list[int], side: str, seed: int) -> dict[str, Any]:
+    """Rows of these lengths; the first four tokens of each are not learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 290, (len(lengths), max(lengths)), generator=generator)
+    place = torch.arange(max(lengths)).expand_as(ids)
+    if side == "left":
+        place = place - (max(lengths) - torch.tensor(lengths))[:, None]
+    mask = ((place >= 0) & (place < torch.tensor(lengths)[:, None])).long()
+    labels = ids.masked_fill((mask == 0) | (place < 4), -100)
+    given = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {name: value.to(device) for name, value in given.items()}

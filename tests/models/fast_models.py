@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyralis.models import unpadding
 from pyralis.models.families import FAMILIES as SERVED
 from pyralis.models.surgery import accelerate, decoder_layers, report
 from tests.models.spec_block import CountedFused, SpecBlock
@@ -25,6 +29,13 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 def fast(model: Any) -> Any:
     assert accelerate(model, families=EVERY).fast_layers == len(decoder_layers(model))
     return model
+
+
+@contextmanager
+def padding_computed() -> Iterator[None]:
+    """Padded rows as they are."""
+    with patch.object(unpadding, "pays", lambda layout: False):
+        yield
 
 
 def logits(model: nn.Module, **inputs: Any) -> Tensor:

@@ -54,6 +54,20 @@ def test_what_is_said_is_believed_without_a_look() -> None:
         batch_layout(SHAPE, {"attention_mask": unseen, "padding_side": "middle"})
 
 
+def test_lengths() -> None:
+    assert layout(attention_mask=mask("111100", "111111")).lengths == (4, 6)
+    assert layout(attention_mask=mask("001111", "111111").bool()).lengths == (4, 6)
+    assert layout(attention_mask=mask("001111", "011111"), padding_side="left").lengths == (4, 5)  # a mask on the host
+    unseen = torch.empty(2, 6, device="meta")
+    assert layout(attention_mask=unseen, padding_side="right").lengths is None
+    for said in ((3, 6), [3, 6], torch.tensor([3, 6])):
+        assert layout(attention_mask=unseen, padding_side="right", sequence_lengths=said).lengths == (3, 6)
+    assert layout().lengths is None
+    for wrong in ((3,), (3, 7), (-1, 6)):
+        with pytest.raises(ValueError, match="sequence_lengths is"):
+            layout(attention_mask=unseen, padding_side="right", sequence_lengths=wrong)
+
+
 @pytest.mark.parametrize("rows", [("101111", "111111"), ("001110", "111111"), ("011111", "111110")])
 def test_other_masks(rows: tuple[str, str]) -> None:
     assert isinstance(batch_layout(SHAPE, {"attention_mask": mask(*rows)}), Reason)

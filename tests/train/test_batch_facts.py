@@ -33,7 +33,7 @@ def test_padded(side: str) -> None:
         assert facts is not None
         assert FACTS not in batch
         assert (facts.supervised_rows, facts.tokens, facts.padding_side) == (4 if side == "right" else 5, 8, side)
-        assert facts.added == ()
+        assert (facts.lengths, facts.added) == ((5, 3), ())
 
 
 def test_a_mask_with_holes_and_other_batches() -> None:
@@ -72,6 +72,7 @@ def test_they_reach_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def spy(model: Any, inputs: Any, *args: Any, **settings: Any) -> torch.Tensor:
         seen.append((inputs.get("padding_side"), settings.get("supervised_rows")))
+        assert (inputs.get("sequence_lengths") is None) == (inputs.get("padding_side") is None)
         return loss(model, inputs, *args, **settings)
 
     monkeypatch.setattr(fast_loss, "causal_lm_loss", spy)

@@ -1,12 +1,13 @@
 """Batches brought to one of few lengths, so that a captured step serves many: padding that nothing learns from.
 
-Padding goes where it can be seen by no real token: on the right of full, right-padded and packed rows (a sequence of
-its own there), on the left of left-padded ones, whose positions stay as they were.
+Padding goes where it can be seen by no real token: on the right of full and right-padded rows, on the left of
+left-padded ones, whose positions stay as they were. Packed batches become one row, in which it is a sequence of its
+own; so do padded ones without their padding, where the host knows their lengths and that is less to compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch.nn.functional import pad
 
 from pyralis.models.detect import Reason
 from pyralis.models.layout import READ, BatchShape, batch_layout
+from pyralis.models.real_tokens import RealTokens, pays
 from pyralis.ops._loss import IGNORE_INDEX
 from pyralis.ops._triton import cdiv, next_power_of_2
 from pyralis.ops.attention_spec import AttentionLayout
 
 GRAIN = 64  # tokens; below 512 every multiple is a bucket
 BOUNDS_GRAIN = 32  # sequences of a packed batch
+LEAST_BOUND = 256  # of the longest sequence: a kernel's blocks beyond a sequence's end return at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +32,7 @@ class Bucketed:
     """A batch at its bucket's length. `layout.cu_seqlens`, where there are any, are filled up to a bucket's number."""
 
     input_ids: Tensor  # [B, S]
-    labels: Tensor  # [B, S], not shifted
+    targets: Tensor  # [B, S]: what each position is to predict
     positions: Tensor | None  # [1 or B, S]
     layout: AttentionLayout
 
@@ -49,37 +52,80 @@ def bucket_length(tokens: int) -> int:
     return cdiv(tokens, grain) * grain
 
 
-def to_bucket(input_ids: Tensor, labels: Tensor, arguments: Mapping[str, Any]) -> Bucketed | Reason:
-    """The batch at its bucket's length; `arguments`: what else the decoder was called with, of which `READ` is looked
-    at. A Reason where tokens lie in a way that the fast path does not understand."""
+def to_bucket(
+    input_ids: Tensor,
+    targets: Tensor,
+    arguments: Mapping[str, Any],
+    *,
+    removable: Callable[[AttentionLayout], bool] | None = None,
+) -> Bucketed | Reason:
+    """The batch at its bucket's length; a Reason where tokens lie in a way that the fast path does not understand.
+
+    arguments: what else the decoder was called with, of which `READ` is looked at. removable: whether the decoder may
+    be given a packed layout in place of padded rows; None: no.
+    """
     rows, tokens = input_ids.shape
-    shape = BatchShape(rows, tokens, input_ids.device)
     given = {name: arguments.get(name) for name in READ}
-    layout = batch_layout(shape, given)
+    layout = batch_layout(BatchShape(rows, tokens, input_ids.device), given)
     if isinstance(layout, Reason):
         return layout
     if layout.shared is not None:
         return Reason("prompts that are computed once")
-    extra = bucket_length(tokens) - tokens
     positions, mask = given["position_ids"], given["attention_mask"]
-    left = layout.cu_seqlens is not None and mask is not None
-    sides = (extra, 0) if left else (0, extra)
-    if positions is not None:
-        positions = pad(positions, sides) if left else _continued(positions, extra)
-    if left:
-        assert mask is not None
-        if extra:
-            if positions is None:
-                positions = torch.arange(-extra, tokens, device=input_ids.device).clamp(min=0)[None]
-            starts = (mask == 0).sum(1).to(input_ids.device) + extra
-            layout = AttentionLayout.left_padded(starts, tokens + extra)
-    elif layout.cu_seqlens is not None:
-        if extra and rows > 1:
-            return Reason(f"packed rows of {tokens} tokens: pad them to {tokens + extra}, or pack into one row")
-        layout = _filled_up(layout, tokens + extra)
-    else:
+    if positions is not None and (positions.dim() != 2 or positions.shape[1] != tokens):
+        return Reason(f"positions of shape {list(positions.shape)}")
+    if removable is not None and _is_less(layout):
+        real = RealTokens.of(layout, input_ids.device)
+        at = torch.arange(tokens, device=input_ids.device)[None] if positions is None else positions
+        ids, wanted, at = (real.gathered(t) for t in (input_ids, targets, at))
+        packed = _one_row(ids, wanted, at, real.layout)
+        if removable(packed.layout):
+            return packed
+    extra = bucket_length(tokens) - tokens
+    if layout.cu_seqlens is None:
         layout = AttentionLayout.padded(rows, tokens + extra)
-    return Bucketed(pad(input_ids, sides), pad(labels, sides, value=IGNORE_INDEX), positions, layout)
+        positions = None if positions is None else _continued(positions, extra)
+        return Bucketed(pad(input_ids, (0, extra)), _unlearnt(targets, (0, extra)), positions, layout)
+    if mask is not None:
+        starts = (mask == 0).sum(1).to(input_ids.device) + extra
+        return Bucketed(
+            pad(input_ids, (extra, 0)), _unlearnt(targets, (extra, 0)),
+            pad(positions, (extra, 0)) if positions is not None else _from_zero(extra, tokens, input_ids.device),
+            AttentionLayout.left_padded(starts, tokens + extra),
+        )  # fmt: skip
+    assert positions is not None  # they, or bounds beside them, told the sequences
+    input_ids, targets, positions = (t.reshape(1, -1) for t in (input_ids, targets, positions.expand(rows, -1)))
+    return _one_row(input_ids, targets, positions, layout)
+
+
+def _is_less(padded: AttentionLayout) -> bool:
+    """Whether there is less to compute without the padding, in buckets as well."""
+    if padded.lengths is None or not pays(padded):
+        return False
+    rows = len(padded.lengths)
+    return bucket_length(sum(padded.lengths)) < rows * bucket_length(padded.tokens // rows)
+
+
+def _one_row(input_ids: Tensor, targets: Tensor, positions: Tensor, layout: AttentionLayout) -> Bucketed:
+    """Of packed sequences, [1, T] each: the padding a sequence, then empty ones up to a round number."""
+    bounds, tokens = layout.cu_seqlens, layout.tokens
+    assert bounds is not None
+    extra = bucket_length(tokens) - tokens
+    room = cdiv(bounds.numel() + 1, BOUNDS_GRAIN) * BOUNDS_GRAIN - bounds.numel()
+    longest = max(next_power_of_2(layout.max_seqlen), next_power_of_2(extra), LEAST_BOUND)
+    layout = AttentionLayout.packed(pad(bounds, (0, room), value=tokens + extra), longest, tokens + extra)
+    return Bucketed(
+        pad(input_ids, (0, extra)), _unlearnt(targets, (0, extra)), _continued(positions, extra), layout
+    )  # fmt: skip
+
+
+def _unlearnt(targets: Tensor, sides: tuple[int, int]) -> Tensor:
+    return pad(targets, sides, value=IGNORE_INDEX)
+
+
+def _from_zero(extra: int, tokens: int, device: torch.device) -> Tensor | None:
+    """The positions of rows as they were, padded on the left."""
+    return torch.arange(-extra, tokens, device=device).clamp(min=0)[None] if extra else None
 
 
 def _continued(positions: Tensor, extra: int) -> Tensor:
@@ -88,13 +134,3 @@ def _continued(positions: Tensor, extra: int) -> Tensor:
         return positions
     more = torch.arange(extra, device=positions.device, dtype=positions.dtype).expand(len(positions), -1)
     return torch.cat([positions, more], 1)
-
-
-def _filled_up(layout: AttentionLayout, tokens: int) -> AttentionLayout:
-    """A packed layout of one row of `tokens`, the padding a sequence, then empty ones up to a round number."""
-    bounds = layout.cu_seqlens
-    assert bounds is not None
-    total = tokens if layout.tokens < tokens else layout.tokens
-    room = cdiv(bounds.numel() + 1, BOUNDS_GRAIN) * BOUNDS_GRAIN - bounds.numel()
-    longest = min(max(next_power_of_2(layout.max_seqlen), next_power_of_2(total - layout.tokens), 256), total)
-    return AttentionLayout.packed(pad(bounds, (0, room), value=total), longest, total)

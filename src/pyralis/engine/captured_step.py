@@ -120,7 +120,7 @@ class StaticBatch:
     """The memory that a recorded step reads its batch from."""
 
     input_ids: Tensor
-    labels: Tensor
+    targets: Tensor
     positions: Tensor | None
     num_items: Tensor | None  # [] float32
     layout: AttentionLayout
@@ -130,14 +130,14 @@ class StaticBatch:
         """counted: the number that the loss is divided by comes with each batch, too."""
         device, bounds = batch.input_ids.device, batch.layout.cu_seqlens
         return cls(
-            batch.input_ids.clone(), batch.labels.to(device, copy=True),
+            batch.input_ids.clone(), batch.targets.to(device, copy=True),
             None if batch.positions is None else batch.positions.to(device, copy=True),
             torch.ones((), dtype=torch.float32, device=device) if counted else None,
             replace(batch.layout, cu_seqlens=None if bounds is None else bounds.clone()),
         )  # fmt: skip
 
     def fill(self, batch: Bucketed, num_items: Tensor | float | None) -> None:
-        pairs = [(self.input_ids, batch.input_ids), (self.labels, batch.labels)]
+        pairs = [(self.input_ids, batch.input_ids), (self.targets, batch.targets)]
         bounds = (self.layout.cu_seqlens, batch.layout.cu_seqlens)
         for mine, theirs in ((self.positions, batch.positions), bounds):
             if mine is not None and theirs is not None:

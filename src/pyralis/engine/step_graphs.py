@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -33,6 +34,7 @@ from pyralis.models.fast_path import LAYOUT, backbone_state, prepare_layers
 from pyralis.models.layer_state import HOOKS
 from pyralis.models.layout import READ
 from pyralis.models.swap import is_fast
+from pyralis.models.unpadding import can_be_removed
 from pyralis.ops._head import bucket
 
 CudaGraph: TypeAlias = Literal["auto", "off"]
@@ -125,7 +127,8 @@ class StepGraphs:
             self._seen.clear()
             self._refused.clear()
             self._model_state = state
-        batch = to_bucket(ids, request.labels, arguments)
+        removable = partial(can_be_removed, causal.model, device=ids.device)
+        batch = to_bucket(ids, request.targets, arguments, removable=removable)
         if isinstance(batch, Reason):
             return batch
         rows = None if request.supervised_rows is None else bucket(request.supervised_rows)
@@ -160,7 +163,7 @@ class StepGraphs:
 
         def compute(static: StaticBatch) -> Tensor:
             inputs = {"input_ids": static.input_ids, "position_ids": static.positions, "use_cache": False}
-            wanted = LossRequest(static.labels, static.num_items, request.label_smoothing, rows)
+            wanted = LossRequest(static.targets, static.num_items, request.label_smoothing, rows)
             loss: Tensor = answer_of_decoder(causal, head, {**inputs, LAYOUT: static.layout}, wanted).loss
             return loss
 

@@ -25,14 +25,16 @@ from pyralis.models.families import FAMILIES, Family
 from pyralis.models.layer_state import HOOKS
 from pyralis.models.layout import HINTS, refuse_shared_keys
 from pyralis.models.modules import Unlike, expect_class, expect_members_of_leaf
+from pyralis.models.real_tokens import RealTokens
 from pyralis.models.swap import FAST_STATE, is_fast, stock_class
+from pyralis.models.unpadding import UNPADDED, Kept
 from pyralis.ops._loss import IGNORE_INDEX
 from pyralis.ops.cross_entropy import cross_entropy
 from pyralis.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "CausalState", "Head", "LossEngine", "LossRequest", "Request", "answer", "answer_of_decoder", "causal_lm_forward",
-    "causal_lm_loss", "causal_lm_of", "causal_state", "family_of_model", "head_reason",
+    "causal_lm_loss", "causal_lm_of", "causal_state", "family_of_model", "head_reason", "shifted",
 ]  # fmt: skip
 
 REQUEST = "pyralis_loss"
@@ -54,31 +56,37 @@ class Request(Protocol):
     def of_hidden(self, hidden: Tensor, head: Head) -> Any:
         """From the last hidden states [B, S, H]."""
 
+    def unpadded(self, tokens: RealTokens) -> Request:
+        """The same of these tokens' hidden states [1, T, H]."""
+
     def of_logits(self, logits: Tensor) -> Any:
         """From stock logits [B, S, V]."""
 
 
 @dataclass(frozen=True, eq=False)
 class LossRequest:
-    labels: Tensor  # [B, S] int64, not shifted
+    targets: Tensor  # [B, S] int64: what each position is to predict, -100 where nothing
     num_items: Tensor | float | None
     label_smoothing: float
     supervised_rows: int | None
 
     def of_hidden(self, hidden: Tensor, head: Head) -> CausalLMOutputWithPast:
-        labels, rows = _shifted(self.labels), self.supervised_rows
-        if rows is None and labels.device.type == "cpu":
-            rows = int((labels != IGNORE_INDEX).sum())
+        targets, rows = self.targets, self.supervised_rows
+        if rows is None and targets.device.type == "cpu":
+            rows = int((targets != IGNORE_INDEX).sum())
         loss = linear_cross_entropy(
-            hidden, head.weight, labels, bias=head.bias, num_items=self.num_items, supervised_rows=rows,
+            hidden, head.weight, targets, bias=head.bias, num_items=self.num_items, supervised_rows=rows,
             softcap=head.softcap, logit_scale=head.logit_scale, label_smoothing=self.label_smoothing,
         )  # fmt: skip
         return CausalLMOutputWithPast(loss=loss)
 
+    def unpadded(self, tokens: RealTokens) -> LossRequest:
+        return replace(self, targets=tokens.gathered(self.targets))
+
     def of_logits(self, logits: Tensor) -> CausalLMOutputWithPast:
         items: Any = self.num_items
-        labels, smoothing = _shifted(self.labels), self.label_smoothing
-        return CausalLMOutputWithPast(loss=cross_entropy(logits, labels, num_items=items, label_smoothing=smoothing))
+        loss = cross_entropy(logits, self.targets, num_items=items, label_smoothing=self.label_smoothing)
+        return CausalLMOutputWithPast(loss=loss)
 
 
 class LossEngine(Protocol):
@@ -115,8 +123,11 @@ def causal_lm_loss(
         labels: [B, S] int64, -100 where nothing is learnt; labels[:, t] is what position t - 1 predicts.
         num_items: by default the number of supervised tokens. 0 counts as 1.
         supervised_rows: how many labels[:, 1:] are not -100, if the CPU knows: others then never reach the head.
+
+    What padding would have to predict is not learnt where rows are computed without their padding (`unpadding.py`): a
+    collator labels nothing there. The last real token of a row predicts what is labelled after it.
     """
-    return answer(model, inputs, LossRequest(labels, num_items, label_smoothing, supervised_rows)).loss
+    return answer(model, inputs, LossRequest(shifted(labels), num_items, label_smoothing, supervised_rows)).loss
 
 
 def answer(model: nn.Module, inputs: Mapping[str, Any], request: Request) -> Any:
@@ -164,7 +175,11 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def answer_of_decoder(causal: Any, head: Head, arguments: Mapping[str, Any], request: Request) -> Any:
     """What `request` makes of a causal LM whose decoder is called with `arguments`."""
-    hidden = causal.model(**arguments).last_hidden_state
+    kept = Kept()
+    asked = {UNPADDED: kept} if is_fast(causal.model) else {}
+    hidden = causal.model(**arguments, **asked).last_hidden_state
+    if kept.tokens is not None:
+        request = request.unpadded(kept.tokens)
     if torch.is_autocast_enabled(hidden.device.type):  # the dtype that it would have them multiplied in
         dtype = torch.get_autocast_dtype(hidden.device.type)
         bias = None if head.bias is None else head.bias.to(dtype)
@@ -193,8 +208,8 @@ def _head(causal: Any) -> Head | Reason:
     return Head(linear.weight, linear.bias, softcap, 1 / config.logits_scaling if family.logits_scaling else 1.0)
 
 
-def _shifted(labels: Tensor) -> Tensor:
-    """What each position is to predict."""
+def shifted(labels: Tensor) -> Tensor:
+    """[B, S]: what each position is to predict."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 

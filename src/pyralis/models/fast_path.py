@@ -5,15 +5,16 @@ embeds, computes the angles of RoPE, goes through the layers and norms, as every
 the decision on to the layers as a keyword argument. A layer without it (a cache in use, `generate`, a layer called by
 hand) runs stock, and so does a whole call that is not understood: `LayerState.reason` and `BackboneState.reason` tell.
 
-Two things differ from stock: no cache is made while training unless `use_cache=True` is given, since nothing could read
-it; and where all layers are fast no attention mask is built.
+Three things differ from stock: no cache is made while training unless `use_cache=True` is given, since nothing could
+read it; and where all layers are fast no attention mask is built, and padded rows are computed without their padding
+(`unpadding.py`), for which zeros stand in what is returned.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -26,8 +27,10 @@ from pyralis.models.detect import Reason
 from pyralis.models.fused import FusedBlock
 from pyralis.models.layer_state import LayerState, look_again
 from pyralis.models.layout import HINTS, READ, BatchShape, batch_layout, refuse_shared_keys
+from pyralis.models.real_tokens import RealTokens
 from pyralis.models.spec import LayerSpec
 from pyralis.models.swap import FAST_STATE, call_stock, stock_class
+from pyralis.models.unpadding import UNPADDED, Kept, find_real_tokens, padded_again, without_padding
 from pyralis.ops.attention_spec import AttentionLayout
 
 CALL = "pyralis_call"
@@ -43,10 +46,24 @@ UNDERSTOOD = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call of the backbone, for its layers: how tokens lie, and the handles of those that are ready, by `id`."""
+    """A call of the backbone, for its layers: how tokens lie, and the handles of those that are ready, by `id`.
+
+    tokens: which ones are computed, where padding is left out; the angles that come are those of the padded call.
+    """
 
     layout: AttentionLayout
     handles: Mapping[int, Any]
+    tokens: RealTokens | None = None
+    _angles: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def angles(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the tokens that are computed; gathered once for all layers that get the same ones."""
+        if self.tokens is None:
+            return cos, sin
+        found = self._angles.get(id(cos))
+        if found is None:  # cos stays alive with it, so that no other tensor gets its id
+            found = self._angles[id(cos)] = (cos, self.tokens.gathered(cos), self.tokens.gathered(sin))
+        return found[1], found[2]
 
 
 @dataclass(eq=False)
@@ -69,6 +86,7 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_shared_keys(kwargs, "torch.compile traces the stock layers")
         return stock.forward(self, *args, **{name: value for name, value in kwargs.items() if name not in HINTS})
     layout: AttentionLayout | None = kwargs.pop(LAYOUT, None)
+    kept: Kept | None = kwargs.pop(UNPADDED, None)
     arguments = dict(zip(_parameters(stock), args)) | kwargs
     state = backbone_state(self)
     call = _plan(self, state, arguments, layout)
@@ -79,11 +97,20 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     state.reason = call if isinstance(call, Reason) else None
     if isinstance(call, Reason) or not call.handles:
         return stock.forward(self, **arguments)
-    arguments |= {"use_cache": False, "past_key_values": None, CALL: call}
-    if len(call.handles) == len(self.layers):
-        # Nobody reads the mask. Stock takes a 4-D one as it is instead of making one.
-        arguments["attention_mask"] = torch.empty((1, 1, 1, 1), device="meta")
-    return stock.forward(self, **arguments)
+    arguments |= {"use_cache": False, "past_key_values": None}
+    if len(call.handles) < len(self.layers):
+        return stock.forward(self, **arguments, **{CALL: call})
+    # Nobody reads the mask. Stock takes a 4-D one as it is instead of making one.
+    arguments["attention_mask"] = torch.empty((1, 1, 1, 1), device="meta")
+    tokens = find_real_tokens(self, arguments, call.layout)
+    if tokens is None:
+        return stock.forward(self, **arguments, **{CALL: call})
+    call = replace(call, layout=tokens.layout, tokens=tokens)
+    output = stock.forward(self, **without_padding(arguments, tokens), **{CALL: call})
+    if kept is None:
+        return padded_again(output, tokens)
+    kept.tokens = tokens
+    return output
 
 
 def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +118,7 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     call: Call | None = kwargs.pop(CALL, None)
     if call is None or block is None or (handle := call.handles.get(id(self))) is None:
         return call_stock(self, hidden_states, *args, **kwargs)
-    cos, sin = kwargs["position_embeddings"]
+    cos, sin = call.angles(*kwargs["position_embeddings"])
     return block.run(handle, hidden_states, cos, sin, call.layout, policy=save_policy(self))
 
 

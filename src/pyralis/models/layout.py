@@ -4,8 +4,10 @@
 - without a mask, positions that do not go up by one start a new sequence (packing);
 - anything else (4-D masks, holes in a mask) is not understood, and the model runs stock.
 
-On a GPU, looking at a mask waits for it once a batch, as stock does. Whoever knows says it and nothing waits:
-`padding_side` for padded rows, `cu_seq_lens_q` and `max_length_q` for packed ones. What is said is believed.
+On a GPU, looking at a mask waits for it once a batch, as stock does, and one look tells how long each row is, too.
+Whoever knows says it and nothing waits: `padding_side` and `sequence_lengths` for padded rows, `cu_seq_lens_q` and
+`max_length_q` for packed ones. What is said is believed. With the side alone nothing waits either, but on a GPU the
+padding is then computed: how much of it there is would have to be read.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ PADDING_SIDES = ("right", "left")
 # Packed sequences in which keys stand twice: {"rows", "first", "again"} of `SharedKeys`, beside `cu_seq_lens_q` and the
 # keys' `cu_seq_lens_k`. Stock attention has no word for it.
 SHARED_KEYS = "shared_keys"
+# [B] numbers on the host, beside a mask and `padding_side`: the real tokens of each row.
+LENGTHS = "sequence_lengths"
 # The arguments read here. A stock model would hand those of `HINTS` on to its attention function.
-HINTS = ("padding_side", SHARED_KEYS)
+HINTS = ("padding_side", LENGTHS, SHARED_KEYS)
 READ = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", *HINTS)
 
 
@@ -49,7 +53,7 @@ def batch_layout(shape: BatchShape, arguments: Mapping[str, Any]) -> AttentionLa
             return Reason("an attention mask of its own making")
         if tuple(mask.shape) != (shape.rows, shape.tokens):
             return Reason(f"a mask of {list(mask.shape)} for {shape.rows} rows of {shape.tokens} tokens")
-        return _padded(shape, mask, side)
+        return _padded(shape, mask, side, arguments.get(LENGTHS))
     if positions is None:
         return AttentionLayout.padded(shape.rows, shape.tokens) if bounds is None else Reason("cu_seq_lens alone")
     if positions.dim() != 2 or positions.shape[-1] != shape.tokens or positions.shape[0] not in (1, shape.rows):
@@ -61,18 +65,33 @@ def batch_layout(shape: BatchShape, arguments: Mapping[str, Any]) -> AttentionLa
     return _packed(shape, positions)
 
 
-def _padded(shape: BatchShape, mask: Tensor, side: str | None) -> AttentionLayout | Reason:
+def _padded(shape: BatchShape, mask: Tensor, side: str | None, said: Any) -> AttentionLayout | Reason:
+    lengths: tuple[int, ...] | None = None
     if side is None:
         kept = mask != 0
         right, left = kept[:, 1:] <= kept[:, :-1], kept[:, 1:] >= kept[:, :-1]
-        is_right, is_left = torch.stack([right.all(), left.all()]).tolist()
-        side = "right" if is_right else "left" if is_left else None
+        is_right, is_left, *counts = torch.cat([torch.stack([right.all(), left.all()]).long(), kept.sum(1)]).tolist()
+        side, lengths = "right" if is_right else "left" if is_left else None, tuple(counts)
+    elif said is not None:
+        lengths = _said(shape, said)
+    elif mask.device.type == "cpu":  # nothing waits
+        lengths = tuple((mask != 0).sum(1).tolist())
     if side == "right":  # causal attention lets no real token see what stands after it
-        return AttentionLayout.padded(shape.rows, shape.tokens)
+        return AttentionLayout.padded(shape.rows, shape.tokens, lengths)
     if side == "left":
         starts = (mask == 0).sum(1).to(shape.device)
-        return AttentionLayout.left_padded(starts, shape.tokens)
+        return AttentionLayout.left_padded(starts, shape.tokens, lengths)
     return Reason("a mask with padding on both sides, or with holes")
+
+
+def _said(shape: BatchShape, said: Any) -> tuple[int, ...]:
+    lengths = tuple(int(length) for length in (said.tolist() if isinstance(said, Tensor) else said))
+    if len(lengths) != shape.rows or not all(0 <= length <= shape.tokens for length in lengths):
+        raise ValueError(
+            f"{LENGTHS} is {list(lengths)}; expected the number of real tokens of each of {shape.rows} rows of "
+            f"{shape.tokens}"
+        )
+    return lengths
 
 
 def _given(shape: BatchShape, bounds: Tensor, longest: Any) -> AttentionLayout | Reason:

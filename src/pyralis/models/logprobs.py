@@ -8,13 +8,14 @@ never reach the head, and a position may predict several tokens (two answers to 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from pyralis.models.causal_lm import Head, answer
+from pyralis.models.real_tokens import RealTokens
 from pyralis.ops.head_statistics import HeadStatistics, head_statistics
 from pyralis.ops.token_logprobs import token_logprobs
 
@@ -42,6 +43,9 @@ class LogprobRequest:
             statistics=statistics,
         )  # fmt: skip
         return TokenLogprobs(logprobs, statistics)
+
+    def unpadded(self, tokens: RealTokens) -> LogprobRequest:
+        return replace(self, rows=tokens.among_real(self.rows))
 
     def of_logits(self, logits: Tensor) -> TokenLogprobs:
         chosen = logits.flatten(0, 1).index_select(0, self.rows.to(logits.device))

@@ -9,10 +9,8 @@ from pyralis.models.layer_state import layer_state
 from pyralis.models.spec import LayerSpec
 from pyralis.models.surgery import decoder_layers, report
 from pyralis.ops.attention import backend_for
+from pyralis.ops.attention_choice import VARIABLE_LENGTHS
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec, SharedKeys
-
-# They serve shared keys without holding all scores.
-SERVING = ("flash", "flash_attn", "efficient", "flash_cpu")
 
 
 def sharing_reason(model: nn.Module, dtype: torch.dtype | None = None) -> str | None:
@@ -26,7 +24,7 @@ def sharing_reason(model: nn.Module, dtype: torch.dtype | None = None) -> str | 
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     for spec in _attentions(model):
         backend = backend_for(spec, _layout(weight.device), dtype or weight.dtype, weight.device).name
-        if backend not in SERVING:
+        if backend not in VARIABLE_LENGTHS:
             return f"the attention that serves this model here ({backend}) would hold all scores of shared prompts"
     return None
 

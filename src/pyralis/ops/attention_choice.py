@@ -138,6 +138,10 @@ RULES: Mapping[str, Callable[[Case], str | None]] = {  # fastest first
 }
 
 
+# They serve sequences of any lengths without holding all scores, and without a mask made for each batch.
+VARIABLE_LENGTHS = ("flash", "flash_attn", "efficient", "flash_cpu")
+
+
 def choose_backend(
     spec: AttentionSpec,
     layout: AttentionLayout,

@@ -82,11 +82,12 @@ class AttentionLayout:
     max_seqlen: int
     cu_seqlens: Tensor | None = None  # [sequences + 1] int32 on the device of q; sequences may be empty
     shared: SharedKeys | None = None
+    lengths: tuple[int, ...] | None = None  # of padded rows: how many tokens of each are real, if the host knows
 
     @classmethod
-    def padded(cls, batch: int, seq: int) -> AttentionLayout:
+    def padded(cls, batch: int, seq: int, lengths: tuple[int, ...] | None = None) -> AttentionLayout:
         """Rows of equal length, full or padded on the right: under causal attention no real token sees the padding."""
-        return cls(batch, seq, seq)
+        return cls(batch, seq, seq, lengths=lengths)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> AttentionLayout:
@@ -104,7 +105,7 @@ class AttentionLayout:
         return replace(cls.packed(cu_seqlens, max_seqlen, tokens), max_seqlen=max_seqlen, shared=keys)
 
     @classmethod
-    def left_padded(cls, starts: Tensor, seq: int) -> AttentionLayout:
+    def left_padded(cls, starts: Tensor, seq: int, lengths: tuple[int, ...] | None = None) -> AttentionLayout:
         """Rows of `seq` tokens whose first starts[b] are padding. starts: [B] on the device of q; nothing waits for it.
 
         The padding of a row becomes a sequence of its own: its outputs are finite and mean nothing, and no real token's
@@ -115,7 +116,7 @@ class AttentionLayout:
         cu_seqlens[:-1:2] = first
         cu_seqlens[1::2] = first + starts.to(torch.int32)
         cu_seqlens[-1:].fill_(starts.numel() * seq)
-        return cls(1, starts.numel() * seq, seq, cu_seqlens)
+        return cls(1, starts.numel() * seq, seq, cu_seqlens, lengths=lengths)
 
     @property
     def tokens(self) -> int:

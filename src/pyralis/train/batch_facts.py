@@ -17,11 +17,13 @@ FACTS = "pyralis_facts"
 @dataclass(frozen=True, slots=True)
 class BatchFacts:
     """supervised_rows: how many tokens are learnt, as `causal_lm_loss` counts them. tokens: without padding that a mask
-    tells. padding_side: of a mask without holes. added: arguments for the decoder that the collator did not make."""
+    tells. padding_side: of a mask without holes. lengths: of its rows, [B]. added: arguments for the decoder that the
+    collator did not make."""
 
     supervised_rows: int
     tokens: int
     padding_side: Literal["right", "left"] | None
+    lengths: tuple[int, ...] = ()
     added: tuple[str, ...] = ()
 
 
@@ -57,14 +59,16 @@ def _is_text(batch: Mapping[str, Any]) -> bool:
 def _facts(batch: Mapping[str, Any], added: tuple[str, ...]) -> BatchFacts:
     mask, labels = batch.get("attention_mask"), batch["labels"]
     supervised, side, tokens = int((labels[:, 1:] != IGNORE_INDEX).sum()), None, labels.numel()
+    lengths: tuple[int, ...] = ()
     if isinstance(mask, Tensor) and mask.dim() == 2:
         kept = mask != 0
-        tokens = int(kept.sum())
+        lengths = tuple(kept.sum(1).tolist())
+        tokens = sum(lengths)
         if (kept[:, 1:] <= kept[:, :-1]).all():
             side = "right"
         elif (kept[:, 1:] >= kept[:, :-1]).all():
             side = "left"
-    return BatchFacts(supervised, tokens, side, added)  # type: ignore[arg-type]
+    return BatchFacts(supervised, tokens, side, lengths, added)  # type: ignore[arg-type]
 
 
 def _bounds(batch: Mapping[str, Any]) -> dict[str, Any]:

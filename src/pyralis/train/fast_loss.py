@@ -11,6 +11,7 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 
 from pyralis.models.causal_lm import causal_lm_loss, causal_lm_of
+from pyralis.models.layout import LENGTHS
 from pyralis.models.swap import is_fast
 from pyralis.train.batch_facts import FACTS, BatchFacts, FactCollator, take_facts
 from pyralis.train.lean import LeanTrainer
@@ -20,7 +21,7 @@ from pyralis.train.token_counts import TokenCounts
 class FastLossTrainer(LeanTrainer):
     """A trainer whose `compute_loss` may call `fast_loss`. It counts tokens, too: `token_counts`.
 
-    What a batch is like (how many tokens are learnt, where it is padded) is found when it is collated and kept beside
+    What a batch is like (how many tokens are learnt, how it is padded) is found when it is collated and kept beside
     it, out of sight of an overridden `compute_loss`.
     """
 
@@ -42,7 +43,7 @@ class FastLossTrainer(LeanTrainer):
         if not is_fast(causal_lm_of(model)):
             inputs = {name: value for name, value in inputs.items() if name not in facts.added}
         elif facts.padding_side is not None and "attention_mask" in inputs:
-            inputs["padding_side"] = facts.padding_side
+            inputs |= {"padding_side": facts.padding_side, LENGTHS: facts.lengths}
         return causal_lm_loss(
             model, inputs, labels, num_items, label_smoothing=label_smoothing, supervised_rows=facts.supervised_rows
         )
