@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from pyralis.models.gradients import FlatGradients, stacked_view
 from pyralis.models.group_state import LayoutOptions
 from pyralis.models.model_weights import ModelWeights
 from pyralis.models.nf4 import dequantize_weight, settle_four_bit
-from pyralis.models.policy import POLICIES, saved_bytes_per_token
 from pyralis.models.residency import keep_matrices
 from pyralis.models.weights import LayerWeights
 from tests.models.block_harness import (
@@ -220,8 +218,8 @@ def test_what_is_not_served_has_a_reason() -> None:
     def reasons(model: Any) -> list[str | None]:
         return ModelWeights(list(zip(decoder(model).layers, specs))).refresh()
 
-    dora = build("llama", LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
-    assert all(reason is not None and "DoRA" in reason for reason in reasons(dora))
+    variant = build("llama", LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[1]))
+    assert all(reason is not None and "ALora, a variant of LoRA" in reason for reason in reasons(variant))
     two = build("llama")
     two.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
     two.base_model.set_adapter(["default", "other"])
@@ -247,8 +245,8 @@ def test_what_is_not_served_has_a_reason() -> None:
 
 
 def test_a_layer_alone_raises_its_reason() -> None:
-    model = build("llama", LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(ModelError, match="DoRA"):
+    model = build("llama", LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[1]))
+    with pytest.raises(ModelError, match="ALora"):
         LayerWeights(decoder(model).layers[0], specs_of(model)[0]).refresh()
 
 
@@ -427,50 +425,3 @@ def test_some_layers_keep_their_matrices() -> None:
         places.append([layer.state.plan.arena.data_ptr() for layer in fused.weights.layers])
     assert [len(set(pair)) for pair in places] == [1, 2, 2, 1]
     assert places[3] == places[0]
-
-
-# What policies keep
-
-
-def test_bytes_per_token_of_llama_3_8b() -> None:
-    spec = specs_of(build("llama", None))[0]
-    large = replace(
-        spec, hidden_size=4096, intermediate_size=14336, rotary_dim=128,
-        attention=replace(spec.attention, num_heads=32, num_kv_heads=8, head_dim=128),
-        qkv=(replace(spec.qkv[0], out_features=6144, in_features=4096),),
-        attention_out=replace(spec.attention_out, out_features=4096, in_features=4096),
-        gate_up=(replace(spec.gate_up[0], out_features=28672, in_features=4096),),
-        down=replace(spec.down, out_features=4096, in_features=14336),
-    )  # fmt: skip
-    ranks = (48, 16, 32, 16)
-    keep, cheap, layer, offload = (saved_bytes_per_token(large, policy, ranks=ranks) for policy in POLICIES)
-    assert (keep - cheap, cheap // 1000) == (2 * (4096 + 4096 + 14336), 94)
-    assert (layer, offload) == (8192, 0)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
-def test_policies_keep_what_they_say(family: str) -> None:
-    model, batch = build(family), make_batch("full")
-    fused = layout(model)
-    tokens = batch.layout.tokens
-    for policy in ("keep", "recompute_cheap", "recompute_layer"):
-        y = fused.forward(batch.x.float().requires_grad_(), batch, policy)
-        node: Any = y.grad_fn
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(node.kept)}
-        x = node.saved_tensors[0]
-        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        want = saved_bytes_per_token(fused.specs[1], policy, 4, ranks=(24, 8, 16, 8))
-        pad = 4 * sum(group.group.pad for group in fused.weights.layers[1].state.groups)
-        assert want * tokens * 0.99 <= sum(held.values()) <= (want + pad) * tokens * 1.01, policy
-
-
-def tensors_in(thing: Any) -> list[Tensor]:
-    if isinstance(thing, Tensor):
-        return [thing]
-    if isinstance(thing, dict):
-        return [t for value in thing.values() for t in tensors_in(value)]
-    if isinstance(thing, (tuple, list)):
-        return [t for value in thing for t in tensors_in(value)]
-    if hasattr(thing, "__dataclass_fields__"):
-        return [t for name in thing.__dataclass_fields__ if name != "layout" for t in tensors_in(getattr(thing, name))]
-    return []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyralis.models.adapters import LinearState
 from pyralis.models.gradients import TrainedGroup
 from pyralis.models.spec import Projection
-from pyralis.ops._triton import gpu_of
+from pyralis.ops._triton import Gpu, at_least_float32, gpu_of
 from pyralis.ops.lora_group import LoraGroup, LoraProjection, combine_bias, concatenates
 from pyralis.ops.lora_weight import LoraWeight
 
@@ -34,6 +34,15 @@ class LayoutOptions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class DoraState:
+    """What DoRA multiplies a group's features by, brought up to date at the start of a forward."""
+
+    magnitude: tuple[nn.Parameter | None, ...]  # of each projection, [N_j]
+    norm: Tensor  # [N] float32, of the rows of W + s B A; 1 without adapter
+    ratio: Tensor  # [N] float32, magnitude / norm
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class GroupState:
     """Linear layers that share their input, and what belongs to the adapters that are active on them."""
 
@@ -45,6 +54,7 @@ class GroupState:
     bias: Tensor | None  # [N]
     stream: int  # of the first adapter's dropout
     trained: TrainedGroup
+    dora: DoraState | None = None
     views: list[LoraWeight] = field(default_factory=list)  # at most one: of the matrix last asked for
 
     @property
@@ -72,26 +82,44 @@ class GroupState:
         return tuple(None if linear.adapter is None else linear.adapter.B for linear in self.linears)
 
 
+def group_layout(
+    parts: Sequence[Projection],
+    linears: Sequence[LinearState],
+    dtype: torch.dtype,
+    options: LayoutOptions,
+    gpu: Gpu,
+    *,
+    four_bit: bool | None = None,
+) -> tuple[LoraGroup, bool]:
+    """(the group of linear layers `parts`, whether LoRA's B lies beside W and A below it).
+
+    four_bit: whether the weights are to be so, where `linears` only stand for them; None: as they are.
+    """
+    group = LoraGroup(
+        parts[0].in_features,
+        tuple(
+            LoraProjection(p.out_features)
+            if (a := linear.adapter) is None
+            else LoraProjection(p.out_features, a.rank, a.scale, a.dropout)
+            for p, linear in zip(parts, linears)
+        ),
+        dora=any(linear.adapter is not None and linear.adapter.magnitude is not None for linear in linears),
+    )
+    weights = [linear.base.weight for linear in linears]
+    chosen = options.concatenate
+    if chosen is None:
+        is_copied = (linears[0].four_bit if four_bit is None else four_bit) or dtype != weights[0].dtype
+        chosen = is_copied and concatenates(group, options.tokens, gpu, dtype.itemsize)
+    return group, chosen and group.rank > 0 and not any(w.requires_grad for w in weights)
+
+
 def build_group(
     parts: Sequence[Projection], linears: Sequence[LinearState], dtype: torch.dtype, stream: int, options: LayoutOptions
 ) -> GroupState:
     """The state of linear layers `parts`, which are now as `linears` say; copies of adapters are not filled yet."""
     adapters = [linear.adapter for linear in linears]
-    group = LoraGroup(
-        parts[0].in_features,
-        tuple(
-            LoraProjection(p.out_features) if a is None else LoraProjection(p.out_features, a.rank, a.scale, a.dropout)
-            for p, a in zip(parts, adapters)
-        ),
-    )
     device = linears[0].base.weight.device
-    weights = [linear.base.weight for linear in linears]
-    trains_base = any(w.requires_grad for w in weights)
-    chosen = options.concatenate
-    if chosen is None:
-        is_copied = linears[0].four_bit or dtype != weights[0].dtype
-        chosen = is_copied and concatenates(group, options.tokens, gpu_of(device), dtype.itemsize)
-    wide = chosen and group.rank > 0 and not trains_base
+    group, wide = group_layout(parts, linears, dtype, options, gpu_of(device))
     copies = None if wide or not group.rank else tuple(
         None if a is None else torch.empty(a.B.shape, dtype=dtype, device=device) for a in adapters
     )  # fmt: skip
@@ -99,13 +127,18 @@ def build_group(
     biased = any(linear.base.bias is not None for linear in linears) or any(a and a.bias is not None for a in adapters)
     bias = torch.zeros(group.out_features, dtype=dtype, device=device) if biased else None
     trained = TrainedGroup(
-        weights=tuple(_trained(w) for w in weights),
+        weights=tuple(_trained(linear.base.weight) for linear in linears),
         biases=tuple(_trained(linear.base.bias) for linear in linears),
         A=tuple(_trained(None if a is None else a.A) for a in adapters),
         B=tuple(_trained(None if a is None else a.B) for a in adapters),
         lora_biases=tuple(_trained(None if a is None else a.bias) for a in adapters),
+        magnitudes=tuple(_trained(None if a is None else a.magnitude) for a in adapters),
     )
-    return GroupState(group, tuple(linears), wide, A, copies, bias, stream, trained)
+    dora = None
+    if group.dora:
+        norm = torch.ones(group.out_features, dtype=at_least_float32(dtype), device=device)
+        dora = DoraState(tuple(None if a is None else a.magnitude for a in adapters), norm, torch.ones_like(norm))
+    return GroupState(group, tuple(linears), wide, A, copies, bias, stream, trained, dora)
 
 
 def _trained(parameter: nn.Parameter | None) -> nn.Parameter | None:

@@ -1,0 +1,134 @@
+"""The memory plan: for each layer what it keeps, so that a step is the fastest that fits.
+
+`plan` starts from the least memory and takes, again and again, the change that saves the most time per byte and still
+fits; then it tries what is left. Each layer's choices first lose those that another beats in both bytes and time (the
+convex hull of the knapsack problem with one choice of each class: Kellerer, Pferschy, Pisinger, Knapsack Problems,
+2004, chapter 11). Layers at the front are the ones that recompute: their backward comes last, when the others' memory
+is free again, so what it holds for a moment costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pyralis.memory.cost import Batch, Seconds
+from pyralis.memory.gpus import GpuRates
+from pyralis.memory.predict import CHUNKS, Memory, Option, Predictor, Settings
+from pyralis.memory.shape import ModelShape
+from pyralis.models.policy import POLICIES, SavePolicy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each layer keeps, and what that is predicted to come to.
+
+    Attributes:
+        policies, keep_matrices: of each decoder layer, from the first on.
+        chunk_bytes: most bytes of logits at a time; None: 512 MiB.
+        batch: what it is for; smaller ones fit as well.
+        budget: bytes that it had to fit in.
+        fits: False where not even the least memory does: it is then that plan.
+    """
+
+    policies: tuple[SavePolicy, ...]
+    keep_matrices: tuple[bool, ...]
+    chunk_bytes: int | None
+    batch: Batch
+    memory: Memory
+    seconds: Seconds
+    budget: int
+    fits: bool
+
+
+def plan(model: ModelShape, batch: Batch, budget: int, rates: GpuRates, settings: Settings | None = None) -> Plan:
+    """The fastest plan whose reserved memory is at most `budget` bytes; the most frugal one where none is."""
+    predictor = Predictor(model, batch, rates, Settings() if settings is None else settings)
+    found = []
+    for chunk in CHUNKS:
+        for policies in (POLICIES[:-1], POLICIES):
+            options = _fill(predictor, budget, chunk, policies)
+            if options is not None:
+                found.append((predictor.seconds(options, chunk).total, options, chunk))
+        if found:  # a smaller chunk frees less than it costs, unless nothing fits with this one
+            break
+    if found:
+        _, options, chunk = min(found, key=lambda each: each[0])
+        return _made(predictor, options, chunk, budget)
+    least = tuple(Option("offload_input") for _ in model.layers)
+    return _made(predictor, least, list(CHUNKS)[-1], budget)
+
+
+def fixed_plan(
+    model: ModelShape, batch: Batch, policy: SavePolicy, rates: GpuRates, settings: Settings | None = None,
+    *, budget: int = 0, resident: bool = False,
+) -> Plan:  # fmt: skip
+    """The same policy in every layer, and what it comes to."""
+    predictor = Predictor(model, batch, rates, Settings() if settings is None else settings)
+    options = tuple(Option(policy, resident and layer.made) for layer in model.layers)
+    return _made(predictor, options, None, budget)
+
+
+def _made(predictor: Predictor, options: tuple[Option, ...], chunk: int | None, budget: int) -> Plan:
+    memory = predictor.memory(options, chunk)
+    return Plan(
+        tuple(o.policy for o in options), tuple(o.resident for o in options), chunk, predictor.batch, memory,
+        predictor.seconds(options, chunk), budget, memory.reserved <= budget,
+    )  # fmt: skip
+
+
+def _fill(
+    predictor: Predictor, budget: int, chunk: int | None, policies: Sequence[SavePolicy]
+) -> tuple[Option, ...] | None:
+    """The options of each layer; None where the least memory is too much already."""
+    works, layers = predictor.works, predictor.model.layers
+    cost = [
+        {
+            option: (work.kept[option.policy] + (layer.matrices if option.resident else 0), seconds.total)
+            for option, seconds in work.seconds.items()
+            if option.policy in policies
+        }
+        for work, layer in zip(works, layers)
+    ]
+    chosen = [min(each, key=lambda option, each=each: each[option]) for each in cost]  # type: ignore[misc]
+    if predictor.memory(tuple(chosen), chunk).reserved > budget:
+        return None
+
+    def take(index: int, option: Option) -> bool:
+        old, chosen[index] = chosen[index], option
+        if cost[index][option][1] < cost[index][old][1] and predictor.memory(tuple(chosen), chunk).reserved <= budget:
+            return True
+        chosen[index] = old
+        return False
+
+    steps = [
+        (saved / max(added, 1), index, option)
+        for index, each in enumerate(cost)
+        for saved, added, option in _hull(each)
+    ]
+    for _, index, option in sorted(steps, key=lambda step: (-step[0], -step[1])):
+        take(index, option)
+    for index in reversed(range(len(layers))):
+        for option in sorted(cost[index], key=lambda o, each=cost[index]: each[o][1]):  # type: ignore[misc]
+            if option == chosen[index] or take(index, option):
+                break
+    return tuple(chosen)
+
+
+def _hull(cost: dict[Option, tuple[int, float]]) -> list[tuple[float, int, Option]]:
+    """(seconds saved, bytes added, option) from each to the next of those worth taking, the best per byte first."""
+    ordered = sorted(cost, key=lambda option: cost[option])
+    kept: list[Option] = []
+    for option in ordered:
+        if kept and cost[option][1] >= cost[kept[-1]][1]:
+            continue  # more bytes for no time
+        while len(kept) > 1 and _rate(cost, kept[-2], kept[-1]) <= _rate(cost, kept[-1], option):
+            kept.pop()
+        kept.append(option)
+    return [(cost[a][1] - cost[b][1], cost[b][0] - cost[a][0], b) for a, b in pairwise(kept)]
+
+
+def _rate(cost: dict[Option, tuple[int, float]], a: Option, b: Option) -> float:
+    """Seconds saved per byte from a to b."""
+    return (cost[a][1] - cost[b][1]) / max(cost[b][0] - cost[a][0], 1)

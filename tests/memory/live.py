@@ -1,0 +1,34 @@
+"""Bytes of tensors that were made in a while and are still alive, counted by storage."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Watches every op. `now()`: bytes of the storages that they made and that somebody still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor) and (storage := made.untyped_storage())._cdata not in given:
+                self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def now(self) -> int:
+        gc.collect()
+        return sum(size for reference, size in self._seen.values() if not reference.expired())
