@@ -10,13 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from pyralis.engine.buckets import Bucketed, bucket_length, to_bucket
 from pyralis.engine.captured_step import CudaGraphs, Rerun
 from pyralis.engine.flat_parameters import flatten_parameters
 from pyralis.engine.optimizer import FlatAdamW
 from pyralis.engine.step_graphs import WARM_UP, StepGraphs, use_step_graphs
 from pyralis.models.causal_lm import causal_lm_loss, causal_lm_of
-from pyralis.models.detect import Reason
 from pyralis.models.fast_path import backbone_state
 from pyralis.models.surgery import accelerate, restore
 from tests.models.fast_models import padding_computed
@@ -371,49 +369,6 @@ def test_a_larger_shape_takes_the_pool_over() -> None:
         assert engine.reason is None
     kept = backbone_state(causal_lm_of(model).model).kept
     assert kept.weights.layers[0].served
-
-
-@pytest.mark.parametrize(
-    ("tokens", "length"), [(1, 64), (64, 64), (65, 128), (512, 512), (513, 576), (1025, 1152), (4096, 4096)]
-)
-def test_bucket_length(tokens: int, length: int) -> None:
-    assert bucket_length(tokens) == length
-
-
-def test_packed_rows_become_one() -> None:
-    ids = torch.arange(100).view(2, 50)
-    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]  # for both
-    found = to_bucket(ids, ids + 1, {"position_ids": positions})
-    assert isinstance(found, Bucketed)
-    assert found.positions is not None
-    assert found.layout.cu_seqlens is not None
-    assert found.input_ids[0, :100].tolist() == list(range(100))
-    assert found.targets[0, 98:].tolist() == [99, 100] + [-100] * 28
-    assert found.positions[0].tolist() == [*positions[0].tolist() * 2, *range(28)]
-    assert found.layout.cu_seqlens.tolist() == [0, 20, 50, 70, 100, *[128] * 27]
-    assert isinstance(to_bucket(ids, ids, {"position_ids": torch.zeros(3, 2, 50)}), Reason)
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_padded_rows_become_a_packed_one(side: str) -> None:
-    lengths = (50, 9, 0, 20)
-    mask = (torch.arange(50) < torch.tensor(lengths)[:, None]).long()
-    mask = mask if side == "right" else mask.flip(1)
-    ids = torch.arange(200).view(4, 50)
-    found = to_bucket(ids, ids + 1, {"attention_mask": mask}, removable=lambda layout: True)
-    assert isinstance(found, Bucketed)
-    assert found.positions is not None
-    assert found.layout.cu_seqlens is not None
-    real = ids[mask.bool()]
-    assert torch.equal(found.input_ids[0, :79], real)
-    assert found.targets[0].tolist() == [*(real + 1).tolist(), *[-100] * 49]
-    assert torch.equal(found.positions[0, :79], real % 50)
-    assert found.layout.cu_seqlens[:6].tolist() == [0, 50, 59, 59, 79, 128]
-    assert (found.layout.cu_seqlens.numel(), found.layout.max_seqlen) == (32, 128)
-    for removable in (None, lambda layout: False):
-        kept = to_bucket(ids, ids + 1, {"attention_mask": mask}, removable=removable)
-        assert isinstance(kept, Bucketed)
-        assert kept.input_ids.shape == (4, 64)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "granite"])

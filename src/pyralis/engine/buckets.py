@@ -46,10 +46,16 @@ class Bucketed:
         )  # fmt: skip
 
 
-def bucket_length(tokens: int) -> int:
-    """`tokens` rounded up: to a multiple of 64, above 512 to one of eight sizes an octave (at most 1/8 is padding)."""
-    grain = max(GRAIN, next_power_of_2(tokens) // 16)
+def bucket_length(tokens: int, sizes: int = 8) -> int:
+    """`tokens` rounded up: to a multiple of 64, above 64 * `sizes` to one of `sizes` an octave (1/`sizes` is padding at
+    most)."""
+    grain = max(GRAIN, next_power_of_2(tokens) // (2 * sizes))
     return cdiv(tokens, grain) * grain
+
+
+def row_length(tokens: int) -> int:
+    """The bucket of one packed row. All of its padding is computed, so there are more of them: 3 % of it on average."""
+    return bucket_length(tokens, 16)
 
 
 def to_bucket(
@@ -103,14 +109,14 @@ def _is_less(padded: AttentionLayout) -> bool:
     if padded.lengths is None or not pays(padded):
         return False
     rows = len(padded.lengths)
-    return bucket_length(sum(padded.lengths)) < rows * bucket_length(padded.tokens // rows)
+    return row_length(sum(padded.lengths)) < rows * bucket_length(padded.tokens // rows)
 
 
 def _one_row(input_ids: Tensor, targets: Tensor, positions: Tensor, layout: AttentionLayout) -> Bucketed:
     """Of packed sequences, [1, T] each: the padding a sequence, then empty ones up to a round number."""
     bounds, tokens = layout.cu_seqlens, layout.tokens
     assert bounds is not None
-    extra = bucket_length(tokens) - tokens
+    extra = row_length(tokens) - tokens
     room = cdiv(bounds.numel() + 1, BOUNDS_GRAIN) * BOUNDS_GRAIN - bounds.numel()
     longest = max(next_power_of_2(layout.max_seqlen), next_power_of_2(extra), LEAST_BOUND)
     layout = AttentionLayout.packed(pad(bounds, (0, room), value=tokens + extra), longest, tokens + extra)
