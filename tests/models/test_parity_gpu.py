@@ -20,6 +20,7 @@ from pyralis.models.policy import POLICIES
 from pyralis.models.surgery import accelerate, decoder_layers, report, restore
 from pyralis.verify.batches import LAYOUTS, Batch, Example, make_batches
 from pyralis.verify.measure import Outcome, measure_fast, measure_stock, measure_truth
+from tests.models.fast_models import padding_computed
 from tests.models.test_parity import NAMES, with_lora
 from tests.tiny import FAMILIES, VARIANTS, build_tiny_model, make_tiny_model
 
@@ -77,6 +78,18 @@ def error(got: Outcome, want: Outcome) -> float:
 
 @pytest.mark.parametrize(("name", "layout", "dtype", "mode"), cases())
 def test_parity(name: str, layout: str, dtype: str, mode: str, tmp_path: Path) -> None:
+    """Padded rows are computed without their padding, where the attention of the model takes any lengths."""
+    check(name, layout, dtype, mode, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("place", "name"), enumerate(name for name in NAMES if name not in COMPILED))
+def test_with_the_padding(place: int, name: str, dtype: str, tmp_path: Path) -> None:
+    with padding_computed():
+        check(name, "left" if place % 3 == 0 else "right", dtype, "lora", tmp_path)
+
+
+def check(name: str, layout: str, dtype: str, mode: str, tmp_path: Path) -> None:
     computed, inputs = DTYPES[dtype], batch(layout)
     model = build(name, mode, computed, tmp_path)
     truth, stock = measure_truth(model, inputs), measure_stock(model, inputs, computed)
