@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pyralis
 
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "pydantic", "rich", "typer", "matplotlib")
 
@@ -27,3 +30,8 @@ def test_import_sets_no_environment() -> None:
 def test_every_public_name_resolves() -> None:
     code = "import pyralis; [getattr(pyralis, name) for name in pyralis.__all__]"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_public_name_is_hidden_by_a_package() -> None:
+    packages = {path.stem for path in Path(pyralis.__file__).parent.iterdir()}
+    assert not packages & set(pyralis.__all__)

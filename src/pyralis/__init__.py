@@ -11,12 +11,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# public name -> module that defines it
+# public name -> module that defines it. No name of a package: `pyralis.train` is the package as soon as it is imported.
 _PUBLIC: dict[str, str] = {
     "PyralisError": "pyralis.errors",
     "load_config": "pyralis.train.config",
     "TrainConfig": "pyralis.train.config",
-    "train": "pyralis.train.run",
     "merge_adapter": "pyralis.export.merge",
     "fetch_model": "pyralis.models.fetch",
     "PyralisTrainer": "pyralis.train.trainer",
