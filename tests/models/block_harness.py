@@ -35,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 ALL = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+DORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, use_dora=True)
 
 
 def build(family: str, lora: LoraConfig | None = ALL, *, seed: int = 0) -> Any:
@@ -43,7 +44,12 @@ def build(family: str, lora: LoraConfig | None = ALL, *, seed: int = 0) -> Any:
     if lora is None:
         return model
     torch.manual_seed(seed + 1)
-    return get_peft_model(model, copy.deepcopy(lora))
+    tuned = get_peft_model(model, copy.deepcopy(lora))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_magnitude_vector" in name:  # starts as the norm that it is divided by
+                parameter.mul_(0.7 + 0.6 * torch.rand_like(parameter))
+    return tuned
 
 
 def decoder(model: Any) -> Any:

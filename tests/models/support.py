@@ -55,6 +55,7 @@ FEATURES: dict[str, Feature] = {
     "QLoRA": Feature("qlora"),
     "full": Feature("full"),
     "DoRA": Feature(lora={"use_dora": True}),
+    "QDoRA": Feature("qlora", lora={"use_dora": True}),
     "rsLoRA": Feature(lora={"use_rslora": True}),
     "left padding": Feature(layout="left"),
     "packed": Feature(layout="packed"),

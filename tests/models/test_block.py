@@ -18,6 +18,7 @@ from pyralis.models.policy import POLICIES, SavePolicy
 from pyralis.ops.dropout_mask import reference as keep_mask
 from tests.models.block_harness import (
     ALL,
+    DORA,
     FAMILIES,
     Batch,
     Fused,
@@ -40,6 +41,7 @@ RANKS = LoraConfig(
     r=8, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, use_rslora=True,
     rank_pattern={"k_proj": 3, "up_proj": 16, "o_proj": 70}, alpha_pattern={"v_proj": 5},
 )  # fmt: skip
+DORA_QV, DORA_RANKS = (replace(config, use_dora=True) for config in (QV, RANKS))
 LAST = LoraConfig(r=4, target_modules=["k_proj", "gate_proj"], init_lora_weights=False, layers_to_transform=[1])
 BIASES = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, bias="all", lora_bias=True)
 
@@ -52,16 +54,29 @@ def test_every_family(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("concatenate", [True, False])
-@pytest.mark.parametrize("lora", [QV, RANKS, LAST], ids=["subset", "ranks", "last layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_dora(family: str, concatenate: bool) -> None:
+    model, batch = build(family, DORA), make_batch("left")
+    truth = truth_of(model, batch)
+    assert any(name.endswith("lora_magnitude_vector.default.weight") for name in truth.grads)
+    fused = Fused(model, options=LayoutOptions(concatenate=concatenate))
+    assert_close(fused.run(batch), truth, batch.real)
+
+
+@pytest.mark.parametrize("concatenate", [True, False])
+@pytest.mark.parametrize(
+    "lora", [QV, RANKS, LAST, DORA_QV, DORA_RANKS], ids=["subset", "ranks", "last layer", "DoRA subset", "DoRA ranks"]
+)
 def test_adapters_of_every_shape(lora: LoraConfig, concatenate: bool) -> None:
     model, batch = build("qwen2", lora), make_batch("full")
     fused = Fused(model, options=LayoutOptions(concatenate=concatenate))
     assert_close(fused.run(batch), truth_of(model, batch), batch.real)
 
 
+@pytest.mark.parametrize("lora", [BIASES, replace(BIASES, lora_bias=False, use_dora=True)], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("family", ["qwen2", "llama-biases"])
-def test_trained_biases(family: str) -> None:
-    model, batch = build(family, BIASES), make_batch("full")
+def test_trained_biases(family: str, lora: LoraConfig) -> None:
+    model, batch = build(family, lora), make_batch("full")
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B.default.bias"):
             nn.init.normal_(parameter, std=0.1)
@@ -78,12 +93,15 @@ def test_full_fine_tuning(family: str) -> None:
     assert_close(Fused(model).run(batch), truth, batch.real)
 
 
-@pytest.mark.parametrize("lora", [ALL, None], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("lora", "dropout"), [(ALL, 0.2), (DORA, 0.0), (DORA, 0.2), (None, 0.0)],
+    ids=["lora", "dora", "dora with dropout", "full"],
+)  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "granite", "phi3"])
-def test_policies_yield_the_same_bits(family: str, lora: LoraConfig | None) -> None:
+def test_policies_yield_the_same_bits(family: str, lora: LoraConfig | None, dropout: float) -> None:
     model, batch = build(family, lora), make_batch("left")
-    if lora is not None:
-        set_dropout(model, 0.2)
+    if dropout:
+        set_dropout(model, dropout)
     fused = Fused(model)
     fused.weights.refresh()
     results = []
@@ -96,8 +114,9 @@ def test_policies_yield_the_same_bits(family: str, lora: LoraConfig | None) -> N
         assert all(torch.equal(grad, other.grads[name]) for name, grad in results[0].grads.items())
 
 
-def test_a_wrong_gradient_does_not_pass() -> None:
-    model, batch = build("gemma2"), make_batch("right")
+@pytest.mark.parametrize("lora", [ALL, DORA], ids=["lora", "dora"])
+def test_a_wrong_gradient_does_not_pass(lora: LoraConfig) -> None:
+    model, batch = build("gemma2", lora), make_batch("right")
     truth, got = truth_of(model, batch), Fused(model).run(batch)
     for name in truth.grads:
         with pytest.raises(AssertionError):
@@ -120,10 +139,13 @@ class FixedMask(nn.Module):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
-def test_dropout_is_peft_s_with_these_masks(family: str, policy: SavePolicy) -> None:
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [("llama", ALL), ("phi3", ALL), ("gemma3_text", ALL), ("llama-biases", DORA_QV), ("phi3", DORA), ("qwen3", DORA)],
+)
+def test_dropout_is_peft_s_with_these_masks(family: str, policy: SavePolicy, lora: LoraConfig) -> None:
     p = 0.25  # a multiple of 2^-16: the rate is met exactly
-    model, batch = build(family), make_batch("packed")
+    model, batch = build(family, lora), make_batch("packed")
     set_dropout(model, p)
     fused = Fused(model, seed=7)
     got = fused.run(batch, policy)
@@ -134,7 +156,7 @@ def test_dropout_is_peft_s_with_these_masks(family: str, policy: SavePolicy) -> 
     drawn = []
     for layer, weights in zip(decoder(stock).layers, fused.weights.layers):
         for group in weights.state.groups:
-            for index, linear in enumerate(group.linears):
+            for index, linear in enumerate(linear for linear in group.linears if linear.adapter is not None):
                 mask = keep_mask(rng, group.stream + index, batch.layout.tokens, group.group.in_features, 1 << 14)
                 layer.get_submodule(linear.path).lora_dropout["default"] = FixedMask(mask, p)
                 drawn.append(mask)
@@ -263,12 +285,13 @@ def errors(got: Result, want: Result) -> dict[str, float]:
     return {"y": relative_error(got.y, want.y), "dx": relative_error(got.dx, want.dx), **found}
 
 
+@pytest.mark.parametrize("lora", [ALL, DORA], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "granite"])
-def test_bfloat16_errs_no_more_than_stock(family: str) -> None:
+def test_bfloat16_errs_no_more_than_stock(family: str, lora: LoraConfig) -> None:
     ours: dict[str, float] = {}
     theirs: dict[str, float] = {}
     for seed in range(4):
-        model, batch = build(family, seed=seed).bfloat16(), make_batch("full", seed=seed)
+        model, batch = build(family, lora, seed=seed).bfloat16(), make_batch("full", seed=seed)
         truth = truth_of(model, batch)
         for total, found in (
             (ours, errors(Fused(model).run(batch, dtype=torch.bfloat16), truth)),
@@ -314,7 +337,7 @@ def test_autocast_that_is_not_heeded_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("resident", [False, True])
-@pytest.mark.parametrize("lora", [ALL, None], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [ALL, DORA, None], ids=["lora", "dora", "full"])
 @pytest.mark.parametrize("family", ["llama-biases", "qwen3", "gemma2", "phi3"])
 def test_float32_masters_under_autocast(family: str, lora: LoraConfig | None, resident: bool) -> None:
     """All weights and the residual stream in float32, products in bfloat16; twice, with an update in between."""

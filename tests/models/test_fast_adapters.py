@@ -56,9 +56,9 @@ def test_the_report_of_a_model_that_was_not_called() -> None:
     with block_in_place(CountedFused()) as block:
         model = give_lora(fast(build_tiny_model()))
         assert report(model).fast_layers == 2
-        model = give_lora(fast(build_tiny_model()), use_dora=True, layers_to_transform=[1])
+        model = give_lora(fast(build_tiny_model()), alora_invocation_tokens=[1], layers_to_transform=[1])
         assert report(model).lines[0] == "1 of 2 layers fast"
-        assert "DoRA" in reasons(model)[1]
+        assert "ALora" in reasons(model)[1]
         assert block.calls == 0
 
 

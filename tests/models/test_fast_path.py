@@ -259,8 +259,8 @@ class TestWhatTheFusedBlockDoesNotServe:
             logits(model)  # as stock does
         assert "norms in float32 between layers in bfloat16" in reasons(model)[0]
 
-    def test_dora(self) -> None:
-        self.check(fast(give_lora(build_tiny_model(), use_dora=True)), "has DoRA")
+    def test_a_variant_of_lora(self) -> None:
+        self.check(fast(give_lora(build_tiny_model(), alora_invocation_tokens=[5])), "has ALora, a variant of LoRA")
 
     def test_several_adapters(self) -> None:
         model = fast(give_lora(build_tiny_model()))

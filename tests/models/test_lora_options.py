@@ -50,15 +50,20 @@ FAST: dict[str, dict[str, Any]] = {
     "LoRA on embeddings and head": {"target_modules": [*ALL, "embed_tokens", "lm_head"]},
     "some tokens trained": {"trainable_token_indices": [1, 5]},
     "dropout in eval mode": {"lora_dropout": 0.3},
+    "DoRA": {"use_dora": True},
+    "DoRA, rsLoRA, some modules": {"use_dora": True, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]},
+    "DoRA, odd ranks, all biases": {"use_dora": True, "r": 5, "rank_pattern": {"up_proj": 17}, "bias": "all"},
+    "DoRA, alpha 0": {"use_dora": True, "lora_alpha": 0},
+    "DoRA from PiSSA": {"use_dora": True, "init_lora_weights": "pissa"},
 }
 STOCK: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "DoRA"),
+    "activated LoRA": ({"alora_invocation_tokens": [5, 6]}, "ALora, a variant of LoRA"),
     "norms trained as modules to save": ({"modules_to_save": ["input_layernorm"]}, "input_layernorm is peft."),
 }
 
 
 # Initialisations that change the base weights or quantise them; PEFT's orthogonal one fails on 4-bit weights.
-PLAIN_ONLY = ("PiSSA", "PiSSA, approximate", "OLoRA", "LoftQ", "orthogonal")
+PLAIN_ONLY = ("PiSSA", "PiSSA, approximate", "OLoRA", "LoftQ", "orthogonal", "DoRA from PiSSA")
 BASES = ("plain", "NF4")
 
 

@@ -32,7 +32,7 @@ from tests.tiny import FAMILIES, VARIANTS, build_tiny_variant, make_tiny_model
 EVERY = tuple(family.name for family in SERVED)
 NAMES = [name for name in (*FAMILIES, *VARIANTS) if name not in ("gpt2", "bloom")]
 LAYOUTS = ("full", "right", "left", "packed")
-MODES = ("lora", "lora-some", "qlora", "full")
+MODES = ("lora", "lora-some", "qlora", "full", "dora", "qdora")
 LOSS_ERROR, GRADIENT_ERROR, LOGIT_ERROR = 1e-6, 1e-5, 1e-5  # relative; of gradients and logits, of their norm
 
 
@@ -63,7 +63,7 @@ def batch(layout: str) -> dict[str, Any]:
 
 def build(name: str, mode: str, folder: Path, *, exact: bool = False) -> Any:
     """A tiny model to train; exact: in float64, 4-bit weights as the numbers they stand for."""
-    if mode == "qlora":
+    if mode in ("qlora", "qdora"):
         family, fields = VARIANTS.get(name, (name, {}))
         if not (folder / "config.json").exists():
             make_tiny_model(folder, family, **fields)
@@ -73,19 +73,22 @@ def build(name: str, mode: str, folder: Path, *, exact: bool = False) -> Any:
     else:
         model = build_tiny_variant(name)
     model = model.double().train() if exact else model.train()
-    return model if mode == "full" else with_lora(model, some=mode == "lora-some")
+    return model if mode == "full" else with_lora(model, some=mode == "lora-some", dora=mode.endswith("dora"))
 
 
-def with_lora(model: Any, *, some: bool) -> Any:
-    """The same adapter for the same model, B not zero: on all linear layers, in two ranks, or on some."""
+def with_lora(model: Any, *, some: bool, dora: bool = False) -> Any:
+    """The same adapter for the same model, nothing at its start: on all linear layers, in two ranks, or on some."""
     names = sorted({target.rpartition(".")[2] for target in find_linear_targets(model)})
     if some:
         names = [name for name in names if name not in ("k_proj", "up_proj", "o_proj")]
     model.requires_grad_(False)
-    tuned = get_peft_model(model, LoraConfig(target_modules=names, r=8, rank_pattern={names[0]: 3}, lora_alpha=12))
+    options: dict[str, Any] = {"r": 8, "rank_pattern": {names[0]: 3}, "lora_alpha": 12, "use_dora": dora}
+    tuned = get_peft_model(model, LoraConfig(target_modules=names, **options))
     generator = torch.Generator().manual_seed(2)
     for key, parameter in tuned.named_parameters():
-        if "lora_" in key:
+        if "lora_magnitude_vector" in key:
+            parameter.data *= (0.7 + 0.6 * torch.rand(parameter.shape, generator=generator)).to(parameter.dtype)
+        elif "lora_" in key:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
     return tuned.train()
 

@@ -1,7 +1,8 @@
 """Whole models in half precision on the CPU, as training runs them: errors to float64 at most 1.5 times stock's.
 
-LoRA has a half-precision base and float32 adapters, QLoRA an NF4 base, full training float32 masters, all of them under
-autocast; float16 losses are scaled. The truth is that of `pyralis.verify.exact`, held by `tests/verify/test_exact.py`.
+LoRA and DoRA have a half-precision base and float32 adapters, QLoRA and QDoRA an NF4 base, full training float32
+masters, all of them under autocast; float16 losses are scaled. The truth is that of `pyralis.verify.exact`, held by
+`tests/verify/test_exact.py`.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ def cases() -> Iterator[Any]:
         yield pytest.param(name, layout, dtype, mode, marks=() if quick else pytest.mark.full)
 
 
-def build(name: str, mode: str, dtype: torch.dtype, folder: Path) -> Any:
+def build(name: str, mode: str, dtype: torch.dtype, folder: Path, *, seed: int = 0) -> Any:
     if mode == "full":
-        return build_tiny_variant(name).train()
-    if mode == "lora":
-        return with_lora(build_tiny_variant(name).to(dtype), some=False)
+        return build_tiny_variant(name, seed=seed).train()
+    dora = mode.endswith("dora")
+    if mode in ("lora", "dora"):
+        return with_lora(build_tiny_variant(name, seed=seed).to(dtype), some=False, dora=dora)
     family, fields = VARIANTS.get(name, (name, {}))
-    settings = ModelSettings(str(make_tiny_model(folder, family, **fields)), train_mode="qlora")
-    return with_lora(load_model(settings, device=torch.device("cpu"), dtype=dtype).model, some=False)
+    settings = ModelSettings(str(make_tiny_model(folder, family, seed=seed, **fields)), train_mode="qlora")
+    return with_lora(load_model(settings, device=torch.device("cpu"), dtype=dtype).model, some=False, dora=dora)
 
 
 def errors(got: Outcome, want: Outcome) -> tuple[float, float]:
@@ -61,6 +63,22 @@ def test_half_precision(name: str, layout: str, dtype: str, mode: str, tmp_path:
     assert report(model).fast_layers == 2, report(model).lines
     got, allowed = errors(fast, truth), errors(stock, truth)
     assert all(a <= 1.5 * b for a, b in zip(got, allowed)), (got, allowed)
+
+
+@pytest.mark.parametrize("mode", ["dora", "qdora"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.full) for n in NAMES])
+def test_dora(name: str, dtype: str, mode: str, tmp_path: Path) -> None:
+    """Over all layouts together, each with a model of its own: stock's error in one of them may be small by chance."""
+    squares = torch.zeros(2, 2)  # ours and stock's; of losses and of gradients
+    for seed, inputs in enumerate((*BATCHES, *BATCHES[:1])):
+        model = build(name, mode, DTYPES[dtype], tmp_path / str(seed), seed=seed)
+        truth, stock = measure_truth(model, inputs), measure_stock(model, inputs, DTYPES[dtype])
+        accelerate(model, families=EVERY)
+        fast = measure_fast(model, inputs, DTYPES[dtype])
+        assert report(model).fast_layers == 2, report(model).lines
+        squares += torch.tensor([errors(found, truth) for found in (fast, stock)]).square()
+    assert (squares[0] <= 1.5**2 * squares[1]).all(), squares.sqrt()
 
 
 @pytest.mark.parametrize("name", ["gemma", "qwen2"])

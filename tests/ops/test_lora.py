@@ -362,18 +362,22 @@ def test_any_group(data: st.DataObject) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_weight_norm_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    group, device = GROUPS["dora"], torch.device("cpu")
-    _, weight, _ = make(group, 1, torch.float64, device, 0)
-    A, B, *_ = make_parameters(group, torch.float64, device, 0)
-    stacked = stack_A(group, A, torch.empty(group.pad, group.in_features, dtype=torch.float64))
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_weight_norm(device: torch.device, dtype: torch.dtype) -> None:
+    """Against W + s B A as it stands, of what the factors are in their dtype; also where much of W is taken away."""
+    group = GROUPS["dora"]
+    _, weight, _ = make(group, 1, dtype, device, 0)
+    A, B, *_ = make_parameters(group, dtype, device, 0)
     assert A[0] is not None
     assert B[0] is not None
-    expected = torch.ones(group.out_features, dtype=torch.float64)
-    expected[:30] = (weight[:30] + 1.5 * B[0] @ A[0]).norm(dim=1)
-    for elements in (1, 7 * group.in_features, 1 << 24):
-        monkeypatch.setattr("pyralis.ops.dora.CHUNK_ELEMENTS", elements)
-        torch.testing.assert_close(weight_norm(group, weight, stacked, B), expected)
+    stacked = stack_A(group, A, torch.empty(group.pad, group.in_features, dtype=dtype, device=device))
+    for taken in (0.0, 0.7):
+        weight[:30] -= (taken * 1.5 * B[0].double() @ A[0].double()).to(dtype)
+        expected = torch.ones(group.out_features, dtype=torch.float64, device=device)
+        expected[:30] = (weight[:30].double() + 1.5 * B[0].double() @ A[0].double()).norm(dim=1)
+        norm = weight_norm(group, weight, stacked, B)
+        assert norm.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(norm.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0)
 
 
 def test_layout() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from pyralis.errors import ModelError
@@ -24,13 +25,14 @@ AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """y += scale * (dropout(x) A^T B^T + bias); A [r, K], B [N, r], bias [N]."""
+    """y += scale * (dropout(x) A^T B^T + bias); A [r, K], B [N, r], bias [N]. magnitude [N]: DoRA's (`ops/dora.py`)."""
 
     A: nn.Parameter
     B: nn.Parameter
     bias: nn.Parameter | None
     scale: float
     dropout: float  # 0 in eval mode
+    magnitude: nn.Parameter | None = None
 
     @property
     def rank(self) -> int:
@@ -53,7 +55,7 @@ class LinearState:
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """All there are, trained or not."""
         adapter = self.adapter
-        added = () if adapter is None else (adapter.A, adapter.B, adapter.bias)
+        added = () if adapter is None else (adapter.A, adapter.B, adapter.bias, adapter.magnitude)
         return tuple(p for p in (self.base.weight, self.base.bias, *added) if p is not None)
 
     @property
@@ -63,6 +65,7 @@ class LinearState:
         return (
             tuple((p.data_ptr(), p.dtype, p.requires_grad) for p in self.parameters),
             None if adapter is None else (adapter.scale, adapter.dropout, adapter.bias is None),
+            adapter is None or adapter.magnitude is None,
         )
 
 
@@ -85,8 +88,10 @@ def glance(module: Any) -> tuple[Any, ...]:
             B, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
             found += (
                 A, *_glance_parameters(A), B, *_glance_parameters(B), dropout, vars(dropout).get("p"),
-                dropout.training, module.scaling[name], name in module.lora_variant,
+                dropout.training, module.scaling[name], type(module.lora_variant.get(name)),
             )  # fmt: skip
+            if (dora := modules["lora_magnitude_vector"]._modules.get(name)) is not None:
+                found += dora, *_glance_parameters(dora)
     return found
 
 
@@ -105,7 +110,7 @@ def read_linear(module: Any, projection: Projection) -> LinearState:
     """The state of the module at `projection.path`.
 
     Raises:
-        ModelError: it is not a linear layer of that shape, plain or 4-bit, with at most one plain LoRA active.
+        ModelError: it is not a linear layer of that shape, plain or 4-bit, with at most one LoRA or DoRA active.
     """
     base, adapter = module, None
     if isinstance(module, LoraLinear) or _is_four_bit_lora(module):
@@ -159,9 +164,7 @@ def _active_adapter(module: Any, projection: Projection) -> Adapter | None:
     if len(names) > 1:
         raise ModelError(f"{path} has several active adapters ({', '.join(names)}); the fused block takes one")
     name = names[0]
-    if name in module.lora_variant:
-        kind = "DoRA" if name in module.lora_magnitude_vector else type(module.lora_variant[name]).__name__
-        raise ModelError(f"{path} has {kind}; the fused block takes plain LoRA")
+    magnitude = _magnitude(module, name, path)
     if getattr(module, "fan_in_fan_out", False):
         raise ModelError(f"{path} has fan_in_fan_out; the fused block takes weights of [out, in]")
     A, B = lora_A[name], modules["lora_B"]._modules[name]
@@ -176,7 +179,24 @@ def _active_adapter(module: Any, projection: Projection) -> Adapter | None:
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     if p >= 1:
         raise ModelError(f"{path}: lora_dropout = {p}; expected a number below 1")
-    return Adapter(weight_A, in_B["weight"], in_B["bias"], float(module.scaling[name]), p)
+    if magnitude is not None and p and modules["base_layer"].weight.requires_grad:
+        raise ModelError(f"{path} has DoRA with dropout over a base weight that is trained")
+    return Adapter(weight_A, in_B["weight"], in_B["bias"], float(module.scaling[name]), p, magnitude)
+
+
+def _magnitude(module: Any, name: str, path: str) -> nn.Parameter | None:
+    """DoRA's magnitudes of the adapter `name`, if it has any; another variant of LoRA raises ModelError."""
+    variant = module.lora_variant.get(name)
+    if variant is None:
+        return None
+    if type(variant) is not DoraLinearVariant:
+        kind = type(variant).__name__.removesuffix("LinearVariant")
+        raise ModelError(f"{path} has {kind}, a variant of LoRA; the fused block takes plain LoRA and DoRA")
+    weight: nn.Parameter = module.lora_magnitude_vector[name].weight
+    device = module._modules["base_layer"].weight.device
+    if weight.device != device:
+        raise ModelError(f"{path}: DoRA's magnitudes are on {weight.device} and the weight on {device}")
+    return weight
 
 
 def compute_dtype(states: list[LinearState], fallback: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pyralis.models.block_forward import forward_to_product, gate_and_up, normed_again, rotated
-from pyralis.models.block_parts import Activations, Context, linear_backward, norm_backward, wide_gradient
+from pyralis.models.block_linear import linear_backward, scaled_again, wide_gradient
+from pyralis.models.block_parts import Activations, Context, norm_backward
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.group_state import GroupState
 from pyralis.models.policy import SavePolicy
@@ -25,7 +26,7 @@ def block_backward(
 ) -> Tensor:
     """dx [T, H] of dy [T, H]; `a` is what `kept` left, x the layer's input."""
     if policy in ("recompute_layer", "offload_input"):
-        a = replace(forward_to_product(c, x, layout), d=a.d, d_stats=a.d_stats)
+        a = replace(forward_to_product(c, x, layout), d=a.d, d_stats=a.d_stats, u4=a.u4)
     else:
         a.x = x
     dh = _mlp_backward(c, a, flat, dy)
@@ -35,7 +36,9 @@ def block_backward(
 def _mlp_backward(c: Context, a: Activations, flat: FlatGradients, dy: Tensor) -> Tensor:
     """The gradient of the residual stream before the MLP, [T, H]."""
     spec, state = c.spec, c.state
-    assert a.gate_up is not None
+    if a.gate_up is None:
+        assert a.u3 is not None
+        a.gate_up = scaled_again(state.gate_up, a.u3)
     gate, up = gate_and_up(c, a.gate_up)
     branch = dy if spec.residual_multiplier == 1 else dy * spec.residual_multiplier
     if spec.post_mlp_norm is not None:
@@ -43,7 +46,7 @@ def _mlp_backward(c: Context, a: Activations, flat: FlatGradients, dy: Tensor) -
         branch = norm_backward(spec.post_mlp_norm, state, flat, branch, a.d, a.d_stats)
     if a.product is None and _reads_with_dropout(c, state.down):
         a.product = glu_forward(gate, up, spec.activation)
-    down = linear_backward(state.down, flat, branch.to(state.dtype), c.matrices[3], a.xa4, c.rng, a.product)
+    down = linear_backward(state.down, flat, branch.to(state.dtype), c.matrices[3], a.xa4, c.rng, a.product, a.u4)
     again = a.product is None and state.down.trained.reads_input
     grads = glu_backward(
         down.dx, gate, up, spec.activation, dgate=gate, dup=up, h_out=down.dx if again else None, need_h=again
@@ -52,8 +55,8 @@ def _mlp_backward(c: Context, a: Activations, flat: FlatGradients, dy: Tensor) -
     del down
     if a.y2 is None and state.gate_up.trained.reads_input:
         a.y2 = normed_again(spec.pre_mlp_norm, c, a.h)
-    dy2 = linear_backward(state.gate_up, flat, a.gate_up, c.matrices[2], a.xa3, c.rng, a.y2).finish(a.y2)
-    a.gate_up = a.y2 = a.product = None
+    dy2 = linear_backward(state.gate_up, flat, a.gate_up, c.matrices[2], a.xa3, c.rng, a.y2, a.u3).finish(a.y2)
+    a.gate_up = a.y2 = a.product = a.u3 = a.u4 = None
     assert a.h is not None
     return norm_backward(spec.pre_mlp_norm, state, flat, dy2, a.h, a.stats2, residual_grad=dy)
 
@@ -66,12 +69,14 @@ def _attention_backward(c: Context, a: Activations, flat: FlatGradients, dh: Ten
         assert a.o is not None
         branch = norm_backward(spec.post_attention_norm, state, flat, branch, a.o, a.o_stats)
     group = state.attention_out
-    dheads = linear_backward(group, flat, branch.to(state.dtype), c.matrices[1], a.xa2, c.rng, a.heads).finish(a.heads)
+    out = linear_backward(group, flat, branch.to(state.dtype), c.matrices[1], a.xa2, c.rng, a.heads, a.u2)
+    dheads = out.finish(a.heads)
+    del out
     assert a.x is not None
     dqkv = _qkv_backward(c, a, flat, dheads)
     if a.y1 is None and state.qkv.trained.reads_input:
         a.y1 = normed_again(spec.input_norm, c, a.x)
-    dy1 = linear_backward(state.qkv, flat, dqkv, c.matrices[0], a.xa1, c.rng, a.y1).finish(a.y1)
+    dy1 = linear_backward(state.qkv, flat, dqkv, c.matrices[0], a.xa1, c.rng, a.y1, a.u1).finish(a.y1)
     return norm_backward(spec.input_norm, state, flat, dy1, a.x, a.stats1, residual_grad=dh, out=dh)
 
 

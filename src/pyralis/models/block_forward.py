@@ -10,15 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyralis.models.block_parts import (
-    Activations,
-    Context,
-    linear,
-    linear_with_room,
-    norm_forward,
-    project,
-    wide_rows,
-)
+from pyralis.models.block_linear import linear, linear_with_room, project, refresh_magnitudes, wide_rows
+from pyralis.models.block_parts import Activations, Context, norm_forward
 from pyralis.models.group_state import GroupState
 from pyralis.models.policy import SavePolicy
 from pyralis.models.spec import NormSpec
@@ -29,14 +22,17 @@ from pyralis.ops.rope import rope_forward
 
 def block_forward(c: Context, x: Tensor, layout: AttentionLayout) -> tuple[Tensor, Activations]:
     """y [T, H] of x [T, H], and everything that was computed on the way."""
+    for group, matrix in zip(c.state.groups, c.matrices):
+        refresh_magnitudes(group, matrix)
     a = forward_to_product(c, x, layout)
     spec, down, matrix = c.spec, c.state.down, c.matrices[3]
     assert a.h is not None
     assert a.product is not None
     plain = spec.post_mlp_norm is None and spec.residual_multiplier == 1
     if plain and a.h.dtype == matrix.dtype:
-        return linear(down, a.product, matrix, residual=a.h), a
-    branch = linear(down, a.product, matrix)
+        y, a.u4 = linear(down, a.product, matrix, c.rng, residual=a.h)
+        return y, a
+    branch, a.u4 = linear(down, a.product, matrix, c.rng)
     if spec.post_mlp_norm is not None:
         a.d, branch = branch, torch.empty_like(branch)
         _, a.d_stats = norm_forward(spec.post_mlp_norm, c.state, a.d, branch)
@@ -50,7 +46,7 @@ def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activa
     a.y1 = wide_rows(state.qkv, T, state.dtype, x.device)
     _, a.stats1 = norm_forward(spec.input_norm, state, x, a.y1)
     a.xa1 = project(state.qkv, a.y1, c.rng)
-    a.qkv = linear(state.qkv, a.y1, c.matrices[0])
+    a.qkv, a.u1 = linear(state.qkv, a.y1, c.matrices[0], c.rng)
     q, k, v = rotated(c, a)
     group = state.attention_out
     out = None if not group.group.pad else wide_rows(group, T, state.dtype, x.device)
@@ -58,7 +54,7 @@ def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activa
     result, a.attention = attention_forward(q, k, v, spec.attention, layout, out=place)
     a.heads = result if out is None else out
     a.xa2 = project(group, a.heads, c.rng)
-    branch = linear(group, a.heads, c.matrices[1])
+    branch, a.u2 = linear(group, a.heads, c.matrices[1], c.rng)
     if spec.post_attention_norm is not None:
         a.o, branch = branch, torch.empty_like(branch)
         _, a.o_stats = norm_forward(spec.post_attention_norm, state, a.o, branch)
@@ -67,7 +63,7 @@ def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activa
     a.y2 = wide_rows(state.gate_up, T, state.dtype, x.device)
     a.h, a.stats2 = norm_forward(spec.pre_mlp_norm, state, branch, a.y2, residual=x)
     a.xa3 = project(state.gate_up, a.y2, c.rng)
-    a.gate_up = linear_with_room(state.gate_up, a.y2, c.matrices[2])
+    a.gate_up, a.u3 = linear_with_room(state.gate_up, a.y2, c.matrices[2], c.rng)
     a.product = wide_rows(state.down, T, state.dtype, x.device)
     glu_forward(*gate_and_up(c, a.gate_up), spec.activation, out=a.product)
     a.xa4 = project(state.down, a.product, c.rng)
@@ -99,12 +95,19 @@ def rotated(c: Context, a: Activations) -> tuple[Tensor, Tensor, Tensor]:
 def kept(a: Activations, c: Context, policy: SavePolicy) -> Activations:
     """What the policy lets the backward have. The input is not among it: autograd or a store keeps that."""
     state = c.state
+    if not state.down.trained.reads_product:
+        a.u4 = None
     if policy in ("recompute_layer", "offload_input"):
-        return Activations(d=a.d, d_stats=a.d_stats)
+        return Activations(d=a.d, d_stats=a.d_stats, u4=a.u4)
     keep = policy == "keep"
     y1, xa1 = _input(state.qkv, a.y1, a.xa1, keep)
     y2, xa3 = _input(state.gate_up, a.y2, a.xa3, keep)
     product, xa4 = _input(state.down, a.product, a.xa4, keep)
+    a.u1, a.u2, a.u3 = (
+        u if group.trained.reads_product else None for u, group in zip((a.u1, a.u2, a.u3), state.groups)
+    )
+    if a.u3 is not None and not _drops(c, state.gate_up):
+        a.gate_up = None  # made again of the product
     attention = a.attention
     assert attention is not None
     if a.qk_saved is not None and not keep:
@@ -123,6 +126,10 @@ def _input(
     if xa is None or not any(b is not None for b in group.trained.B):
         return x_wide if keep else None, None
     return (x_wide, xa) if keep else (None, xa.contiguous())
+
+
+def _drops(c: Context, group: GroupState) -> bool:
+    return c.rng is not None and group.group.has_dropout
 
 
 def normed_again(spec: NormSpec, c: Context, x: Tensor | None) -> Tensor:

@@ -94,17 +94,20 @@ class TrainedGroup:
     A: tuple[nn.Parameter | None, ...]
     B: tuple[nn.Parameter | None, ...]
     lora_biases: tuple[nn.Parameter | None, ...]
+    magnitudes: tuple[nn.Parameter | None, ...]
     ready: list[Ready] = field(default_factory=list)  # at most one: of the last backward
     reads_input: bool = field(init=False)  # whether the backward needs the layers' input
+    reads_product: bool = field(init=False)  # and their product before DoRA's magnitudes
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """In the order in which their gradients stack: each kind together."""
-        kinds = (self.weights, self.biases, self.A, self.B, self.lora_biases)
+        kinds = (self.weights, self.biases, self.A, self.B, self.lora_biases, self.magnitudes)
         return tuple(p for kind in kinds for p in kind if p is not None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads_input", any(p is not None for p in (*self.weights, *self.A)))
+        object.__setattr__(self, "reads_product", any(p is not None for p in self.magnitudes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,131 +7,136 @@
     dm     = sum over tokens of dy u / norm
 
 With dropout each projection multiplies W by its own xd once more, in the forward and in the backward; PEFT pays the
-same. It then runs on `weight`'s first K columns and B apart. Rows of projections without adapter have m / norm = 1.
+same. Rows of projections without adapter have m / norm = 1.
 
-Shapes as in `lora_group.py`. Source of the maths: Liu et al., DoRA (2024), equations 5 and 11.
+Shapes and layout as in `lora_group.py`, and what LoRA needs as in `lora.py`: x_wide with its LoRA columns filled,
+weight or its views. Source of the maths: Liu et al., DoRA (2024), equations 5 and 11.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyralis.ops._triton import at_least_float32
 from pyralis.ops.dropout_mask import masked
+from pyralis.ops.feature_scale import feature_scale, feature_scale_backward
 from pyralis.ops.gemm import column_sums, gemm
 from pyralis.ops.lora import LoraGradients, lora_backward, lora_forward
+from pyralis.ops.lora_grad_b import grad_B
 from pyralis.ops.lora_group import LoraGroup
+from pyralis.ops.lora_weight import LoraWeight
 
-CHUNK_ELEMENTS = 1 << 24  # W + s B A is made 64 MiB of float32 at a time
+Tensors = Sequence[Tensor | None]  # one a projection; None where it has none
 
 
 def weight_norm(
-    group: LoraGroup, weight: Tensor, A: Tensor, B: Sequence[Tensor | None], out: Tensor | None = None
+    group: LoraGroup, weight: Tensor | LoraWeight, A: Tensor, B: Tensors | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """norm [N] float32 of the rows of W + s B A; 1 for projections without adapter. weight: as for `lora_forward`."""
-    K = group.in_features
-    dtype = at_least_float32(weight.dtype)
-    norm = torch.empty(group.out_features, dtype=dtype, device=weight.device) if out is None else out
+    """norm [N] float32 of the rows of W + s B A; 1 for projections without adapter.
+
+    W + s B A is never made. With w_i and b_i the rows of W and B,
+
+        norm_i^2 = |w_i|^2 + b_i . (2 s A w_i + s^2 A A^T b_i)
+
+    which reads W twice and costs what LoRA's product costs for r tokens. Its relative error is that of float32 times
+    (|w_i|^2 + |s A^T b_i|^2) / norm_i^2, so near 1e-7 unless the two all but cancel.
+    """
+    w = weight if isinstance(weight, LoraWeight) else LoraWeight.of(group, weight, B)
+    dtype = at_least_float32(w.W.dtype)
+    norm = torch.empty(group.out_features, dtype=dtype, device=w.W.device) if out is None else out
     norm.fill_(1)
-    step = max(CHUNK_ELEMENTS // K, 1)
     for j in group.adapted:
-        b, scale = B[j], group.projections[j].scale
-        assert b is not None
-        a, start = A[group.columns[j]].to(dtype), group.rows[j].start
-        for first in range(0, len(b), step):
-            rows = slice(start + first, start + min(first + step, len(b)))
-            whole = torch.addmm(weight[rows, :K].to(dtype), b[first : first + step].to(dtype), a, alpha=scale)
-            torch.linalg.vector_norm(whole, dim=1, out=norm[rows])
+        rows, scale, a = group.rows[j], group.projections[j].scale, A[group.columns[j]]
+        b = w.given_B(j).to(dtype)
+        gram = torch.empty((len(a), len(a)), dtype=dtype, device=a.device)
+        gemm(gram, a, a.t(), scale * scale, False)
+        crossed = torch.empty(b.shape, dtype=dtype, device=a.device)
+        gemm(crossed, w.W[rows], a.t(), 2 * scale, False)
+        crossed.addmm_(b, gram).mul_(b)
+        squares = torch.linalg.vector_norm(w.W[rows], dim=1, dtype=dtype).square_().add_(crossed.sum(1))
+        torch.sqrt(squares.clamp_(min=0), out=norm[rows])
     return norm
 
 
+def magnitude_ratio(group: LoraGroup, magnitude: Tensors, norm: Tensor, out: Tensor | None = None) -> Tensor:
+    """m / norm [N] in norm's dtype; 1 for projections without magnitude [N_j]."""
+    ratio = torch.empty_like(norm) if out is None else out
+    ratio.fill_(1)
+    for rows, m in zip(group.rows, magnitude):
+        if m is not None:
+            torch.div(m.to(norm.dtype), norm[rows], out=ratio[rows])
+    return ratio
+
+
 def dora_forward(
-    group: LoraGroup, x_wide: Tensor, weight: Tensor, ratio: Tensor, *,
-    B: Sequence[Tensor | None] | None = None, bias: Tensor | None = None, out: Tensor | None = None,
+    group: LoraGroup, x_wide: Tensor, weight: Tensor | LoraWeight, ratio: Tensor, *, B: Tensors | None = None,
+    bias: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
+    rng: Tensor | None = None, stream: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, u), both [T, N], without dropout. x_wide, weight and B as in `lora_forward`; ratio [N] float32: m / norm."""
-    u = lora_forward(group, x_wide, weight, B=B)
-    y = torch.empty_like(u) if out is None else out
-    if bias is None:
-        torch.mul(u, ratio, out=y)
-    else:
-        torch.addcmul(bias.to(ratio.dtype), u, ratio, out=y)
-    return y, u
+    """(y + residual, u), both [T, N]. ratio [N] float32: m / norm. rng and stream: those that `lora_project` had."""
+    w = weight if isinstance(weight, LoraWeight) else LoraWeight.of(group, weight, B)
+    if rng is None or not group.has_dropout:
+        u = lora_forward(group, x_wide, w)
+        return feature_scale(u, ratio, bias=bias, residual=residual, out=out), u
+    x, xa = x_wide.split_with_sizes((group.in_features, x_wide.shape[1] - group.in_features), 1)
+    y = torch.mm(x, w.W.t(), out=out) if bias is None else torch.addmm(bias, x, w.W.t(), out=out)
+    everywhere = len(group.adapted) == len(group.projections)
+    u = (torch.empty if everywhere else torch.zeros)(y.shape, dtype=y.dtype, device=y.device)
+    xd = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for index, j in enumerate(group.adapted):
+        rows, projection = group.rows[j], group.projections[j]
+        masked(x, rng, stream + index, projection.threshold, xd, scale=projection.keep_scale)
+        base, added = torch.mm(xd, w.W[rows].t()), torch.mm(xa[:, group.columns[j]], w.given_B(j).t())
+        y[:, rows].add_(torch.addcmul(base * (ratio[rows] - 1), added, ratio[rows]))
+        torch.add(base, added, out=u[:, rows])
+    return y if residual is None else y.add_(residual), u
 
 
 def dora_backward(
-    group: LoraGroup, dy: Tensor, u: Tensor, weight: Tensor, x: Tensor, xa: Tensor, A: Tensor, ratio: Tensor,
-    norm: Tensor, gradients: LoraGradients, dmagnitude: Tensor | None, *,
-    B: Sequence[Tensor | None] | None = None, dx: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """dx [T, K] of `dora_forward`; fills `gradients` and dmagnitude [N] float32 (also with zeros' gradient where m is
-    not trained: rows without adapter are to be ignored). A [T, N] buffer for dy m / norm is allocated."""
-    _magnitude_gradient(dy, u, norm, dmagnitude, gradients.accumulate)
+    group: LoraGroup, dy: Tensor, u: Tensor | None, weight: Tensor | LoraWeight, x: Tensor, xa: Tensor, A: Tensor,
+    ratio: Tensor, norm: Tensor, gradients: LoraGradients, dmagnitude: Tensor | None, *, B: Tensors | None = None,
+    dy_wide: Tensor | None = None, t: Tensor | None = None, dx: Tensor | None = None,
+    rng: Tensor | None = None, stream: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dx [T, K], du [T, N]) of `dora_forward`; fills `gradients` and dmagnitude [N] float32, overwritten.
+
+    u is read for dmagnitude alone, whose features without magnitude mean nothing. The rest as for `lora_backward`,
+    where du takes the place of dy: du lies in dy_wide if that is given, and may then take dy's memory.
+    """
+    w = weight if isinstance(weight, LoraWeight) else LoraWeight.of(group, weight, B)
+    dropout = rng is not None and group.has_dropout
     if gradients.bias is not None:
         column_sums(dy, gradients.bias, gradients.accumulate)
-    du = torch.mul(dy, ratio, out=torch.empty_like(u))
-    scaled = LoraGradients(gradients.A, gradients.B, None, gradients.accumulate)
-    return lora_backward(group, du, weight, x, xa, A, scaled, B=B, dx=dx)
+    place = None if dy_wide is None or dropout else dy_wide[:, : group.out_features]
+    du = feature_scale_backward(dy, ratio, u, norm, dmagnitude, out=place)
+    gradients = replace(gradients, bias=None)
+    if rng is not None and dropout:
+        dx = torch.mm(dy, w.W, out=dx)
+        _through_dropout(group, dy, du, w, x, xa, A, ratio, gradients, t, dx, rng, stream)
+        return dx, du
+    return lora_backward(group, du, w, x, xa, A, gradients, dy_wide=dy_wide, t=t, dx=dx), du
 
 
-def dora_dropout_forward(
-    group: LoraGroup, x: Tensor, weight: Tensor, A: Tensor, B: Sequence[Tensor | None], ratio: Tensor,
-    rng: Tensor, stream: int, bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y [T, N], u [T, N], xa [T, R]) with dropout. u is not written for projections without adapter."""
-    W = weight[: group.out_features, : group.in_features]
-    y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
-    u, xd = torch.zeros_like(y), torch.empty_like(x)
-    xa = torch.empty((len(x), group.rank), dtype=x.dtype, device=x.device)
+def _through_dropout(
+    group: LoraGroup, dy: Tensor, du: Tensor, w: LoraWeight, x: Tensor, xa: Tensor, A: Tensor, ratio: Tensor,
+    gradients: LoraGradients, t: Tensor | None, dx: Tensor, rng: Tensor, stream: int,
+) -> None:  # fmt: skip
+    """Gradients of A and B, and what reaches x under the masks added to dx."""
+    assert w.B is not None, "a weight without LoRA columns needs B"
+    if t is None:
+        t = torch.empty((len(dy), group.rank), dtype=dy.dtype, device=dy.device)
+    grad_B(group, du, w.B, xa, t, gradients.B, dropout=True, accumulate=gradients.accumulate)
+    xd = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for index, j in enumerate(group.adapted):
-        rows, columns, projection, b = group.rows[j], group.columns[j], group.projections[j], B[j]
-        assert b is not None
-        masked(x, rng, stream + index, projection.threshold, xd, scale=projection.keep_scale)
-        base = torch.mm(xd, W[rows].t())
-        xa[:, columns].addmm_(xd, A[columns].t(), beta=0, alpha=projection.scale)
-        torch.addmm(base, xa[:, columns], b.t(), out=u[:, rows])
-        y[:, rows].add_(u[:, rows] * ratio[rows] - base)
-    return y, u, xa
-
-
-def dora_dropout_backward(
-    group: LoraGroup, dy: Tensor, u: Tensor, weight: Tensor, x: Tensor, xa: Tensor, A: Tensor,
-    B: Sequence[Tensor | None], ratio: Tensor, norm: Tensor, gradients: LoraGradients, dmagnitude: Tensor | None,
-    rng: Tensor, stream: int,
-) -> Tensor:  # fmt: skip
-    """dx [T, K] of `dora_dropout_forward`; the rest as `dora_backward`."""
-    W = weight[: group.out_features, : group.in_features]
-    _magnitude_gradient(dy, u, norm, dmagnitude, gradients.accumulate)
-    if gradients.bias is not None:
-        column_sums(dy, gradients.bias, gradients.accumulate)
-    dx, xd = torch.mm(dy, W), torch.empty_like(x)
-    for index, j in enumerate(group.adapted):
-        rows, columns, projection, b = group.rows[j], group.columns[j], group.projections[j], B[j]
-        assert b is not None
-        threshold, keep = projection.threshold, projection.keep_scale
-        du = (dy[:, rows] * ratio[rows]).to(dy.dtype)
-        if gradients.B and (dB := gradients.B[j]) is not None:
-            gemm(dB, du.t(), xa[:, columns], 1.0, gradients.accumulate)
-        g = torch.mm(du, b)
+        rows, columns, projection = group.rows[j], group.columns[j], group.projections[j]
+        threshold = projection.threshold
         if gradients.A is not None:
-            masked(x, rng, stream + index, threshold, xd, scale=keep)
-            gemm(gradients.A[columns], g.t(), xd, projection.scale, gradients.accumulate)
-        torch.mm((dy[:, rows] * (ratio[rows] - 1)).to(dy.dtype), W[rows], out=xd)
-        xd.addmm_(g, A[columns], alpha=projection.scale)
-        masked(xd, rng, stream + index, threshold, dx, scale=keep, add=True)
-    return dx
-
-
-def _magnitude_gradient(dy: Tensor, u: Tensor, norm: Tensor, out: Tensor | None, accumulate: bool) -> None:
-    """out [N] (+)= sum over tokens of dy u / norm, in float32, some rows at a time."""
-    if out is None:
-        return
-    if not accumulate:
-        out.zero_()
-    step = max(CHUNK_ELEMENTS // dy.shape[1], 1)
-    for first in range(0, len(dy), step):
-        rows = slice(first, first + step)
-        out.add_((dy[rows].to(out.dtype) * u[rows]).sum(0).div_(norm))
+            masked(x, rng, stream + index, threshold, xd)
+            gemm(gradients.A[columns], t[:, columns].t(), xd, 1.0, gradients.accumulate)
+        extra = feature_scale(dy[:, rows], ratio[rows] - 1)
+        xd.addmm_(extra, w.W[rows], beta=0, alpha=projection.keep_scale).addmm_(t[:, columns], A[columns])
+        masked(xd, rng, stream + index, threshold, dx, add=True)

@@ -88,7 +88,7 @@ class Run:
 
 @dataclass(frozen=True)
 class LoraGroup:
-    """Projections that share their input. `dora`: every adapter has a magnitude vector (`lora_dora.py`).
+    """Projections that share their input. `dora`: every adapter has a magnitude vector (`dora.py`).
 
     What follows from the fields is computed once: a layer asks for it some fifty times a step.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyralis.ops._triton import at_least_float32
-from pyralis.ops.dora import dora_backward, dora_dropout_backward, dora_dropout_forward, dora_forward, weight_norm
+from pyralis.ops.dora import dora_backward, dora_forward, magnitude_ratio, weight_norm
 from pyralis.ops.dropout_mask import advance
 from pyralis.ops.dropout_mask import reference as keep_mask
 from pyralis.ops.lora import LoraGradients, lora_backward, lora_forward, lora_project
@@ -97,21 +97,14 @@ class _LoraLinear(torch.autograd.Function):
         norm = ratio = u = None
         if group.dora:
             norm = weight_norm(group, weight, stacked, cast)
-            ratio = torch.ones_like(norm)
-            for j in group.adapted:
-                m = magnitude[j]
-                assert m is not None, f"projection {j} has a rank but no magnitude"
-                ratio[group.rows[j]] = m / norm[group.rows[j]]
-        if ratio is not None and drawn is not None:
-            y, u, xa = dora_dropout_forward(group, rows, weight, stacked, cast, ratio, drawn, stream, total_bias)
+            ratio = magnitude_ratio(group, magnitude, norm)
+        x_wide = rows.new_empty(len(rows), group.width)
+        x_wide[:, :K] = rows
+        xa = lora_project(group, x_wide, stacked, rng=drawn, stream=stream)[:, : group.rank].contiguous()
+        if ratio is not None:
+            y, u = dora_forward(group, x_wide, weight, ratio, B=cast, bias=total_bias, rng=drawn, stream=stream)
         else:
-            x_wide = rows.new_empty(len(rows), group.width)
-            x_wide[:, :K] = rows
-            xa = lora_project(group, x_wide, stacked, rng=drawn, stream=stream)[:, : group.rank].contiguous()
-            if ratio is not None:
-                y, u = dora_forward(group, x_wide, weight, ratio, B=cast, bias=total_bias)
-            else:
-                y = lora_forward(group, x_wide, weight, B=cast, bias=total_bias)
+            y = lora_forward(group, x_wide, weight, B=cast, bias=total_bias)
         ctx.save_for_backward(rows, xa, stacked, drawn, norm, ratio, u, *cast)
         ctx.weight = weight  # not among the saved: another call may write its own adapter into it meanwhile
         ctx.group, ctx.stream, ctx.x_shape = group, stream, x.shape
@@ -129,12 +122,10 @@ class _LoraLinear(torch.autograd.Function):
         grads = LoraGradients.empty(group, x.device, bias=any(needed[2 * n : 4 * n]), dtype=dtype)
         dm = torch.empty(group.out_features, dtype=dtype, device=x.device) if any(needed[4 * n :]) else None
         _place(group, weight, A, B)
-        if group.dora and rng is not None:
-            dx = dora_dropout_backward(
-                group, dy, u, weight, x, xa, A, B, ratio, norm, grads, dm, rng, ctx.stream
+        if group.dora:
+            dx, _ = dora_backward(
+                group, dy, u, weight, x, xa, A, ratio, norm, grads, dm, B=B, rng=rng, stream=ctx.stream
             )  # fmt: skip
-        elif group.dora:
-            dx = dora_backward(group, dy, u, weight, x, xa, A, ratio, norm, grads, dm, B=B)
         else:
             dx = lora_backward(group, dy, weight, x, xa, A, grads, B=B, rng=rng, stream=ctx.stream)
         found: list[Tensor | None] = []
