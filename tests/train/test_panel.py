@@ -90,3 +90,11 @@ def test_user_text_is_not_markup(startup: StartupInfo) -> None:
     text = drawn(startup_panel(dataclasses.replace(startup, model="[bold]x[/]", device="[red]y", notes=("[z]",))), 100)
     for part in ("[bold]x[/]", "[red]y", "[z]"):
         assert part in text
+
+
+def test_a_long_command_goes_on_below_its_beginning() -> None:
+    command = "pyralis init --model some-organisation/some-model --mode lora --train-file your.jsonl"
+    info = FinalInfo(summarise([]), Path("output/run"), next_commands=[(command, "a config")])
+    lines = [line for line in drawn(final_panel(info), 60).splitlines() if "--m" in line or "your" in line]
+    assert len(lines) == 2
+    assert {len(line) - len(line.lstrip("│ ")) for line in lines} == {4}

@@ -68,7 +68,7 @@ def format_check(loaded: LoadedConfig) -> RenderableType:
     for title, rows in {**groups, "Also set": others}.items():
         for index, (name, value) in enumerate(rows):
             table.add_row("" if index else title, name, Text(value))
-    title = f"{loaded.path or 'config'} is valid"
+    title = f"valid · {loaded.path or 'config'}"  # in this order: a long path is cut at its end
     parts: list[RenderableType] = [Panel(table, title=Text(title), title_align="left", border_style="green")]
     parts += [Text.assemble(("note  ", "yellow"), note) for note in loaded.notes]
     return Group(*parts)

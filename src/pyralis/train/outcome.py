@@ -14,6 +14,7 @@ from pyralis.data.report import DataReport
 from pyralis.train.checkpoint import StartPoint
 from pyralis.train.config import TrainConfig
 from pyralis.train.environment import describe_environment
+from pyralis.train.format import number_of
 from pyralis.train.metric_rows import Metric
 from pyralis.train.panel import DataLine, FinalInfo, StartupInfo
 from pyralis.train.plot import plot_loss
@@ -112,7 +113,7 @@ def _device_text(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {number_of(torch.get_num_threads(), 'thread')}"
 
 
 def write_outcome(

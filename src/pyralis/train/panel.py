@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -134,7 +135,9 @@ def final_panel(info: FinalInfo) -> RenderableType:
     if info.next_commands:
         parts += [Text(), Text("Next", "bold")]
         for command, purpose in info.next_commands:
-            parts += [Text(f"  {command}", "cyan", overflow="fold"), Text(f"      {purpose}", "dim")]
+            # padded, not indented: a long command goes on below its own beginning
+            parts += [Padding(Text(command, "cyan", overflow="fold"), (0, 0, 0, 2))]
+            parts += [Padding(Text(purpose, "dim"), (0, 0, 0, 6))]
     return _panel(Group(*parts), "Pyralis · done", MOOD_STYLE[summary.verdict.mood])
 
 

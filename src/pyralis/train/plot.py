@@ -32,7 +32,8 @@ def plot_loss(metrics: Sequence[Metric], path: str | Path, title: str | None = N
     """
     steps = [m for m in metrics if isinstance(m, StepMetrics)]
     evals = [m for m in metrics if isinstance(m, EvalMetrics)]
-    figure = Figure(figsize=(8, 5), dpi=200, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=200, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)  # inches; the last label stands at the right edge
     FigureCanvasAgg(figure)
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     for axes in (loss_axes, rate_axes):
