@@ -97,8 +97,10 @@ def check(name: str, layout: str, dtype: str, mode: str, tmp_path: Path) -> None
     fast = measure_fast(model, inputs, computed)
     assert report(model).fast_layers == len(decoder_layers(model)), report(model).lines
     floor = FLOORS[computed]
-    assert abs(fast.loss - truth.loss) <= 1.5 * abs(stock.loss - truth.loss) + 3 * floor * truth.loss
     tokens = [float((o.token_losses.double() - truth.token_losses).norm()) for o in (fast, stock)]
+    # The mean of n losses is off by about a token's error over sqrt(n), either way: stock's may happen to be none.
+    luck = 3 * tokens[1] / truth.token_losses.numel()
+    assert abs(fast.loss - truth.loss) <= abs(stock.loss - truth.loss) + luck + floor * truth.loss
     assert tokens[0] <= 1.5 * tokens[1] + floor * float(truth.token_losses.norm()), tokens
     assert error(fast, truth) <= 1.5 * error(stock, truth) + floor, (error(fast, truth), error(stock, truth))
 

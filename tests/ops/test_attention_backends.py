@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyralis.ops import attention_backends
+from pyralis.ops import attention_backends, attention_flex
 from pyralis.ops._aten import AtenOp, aten
 from pyralis.ops.attention import attention_backward, attention_forward, reference
 from pyralis.ops.attention_parts import Saved
@@ -159,3 +159,11 @@ def test_an_op_of_another_torch_is_refused_in_words() -> None:
         replace(op, required=frozenset({"query"}))({})
     with pytest.raises(RuntimeError, match="has no aten::_tea_forward"):
         aten("_tea_forward")
+
+
+def test_flex_attention_may_be_compiled_often() -> None:
+    """A process that trains two models with windows and softcaps, padded and packed, passes torch's limit of 8."""
+    from torch._dynamo import config
+
+    attention_flex._compiled()
+    assert config.recompile_limit >= attention_flex.VERSIONS

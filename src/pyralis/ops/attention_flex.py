@@ -15,10 +15,17 @@ from torch import Tensor
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
 
 
+# A version each for: the layer's window and softcap, padded and packed, dtype, gradients, fixed and variable lengths.
+# Torch stops at 8 a process, then runs FlexAttention uncompiled: from inside an autograd node that fails.
+VERSIONS = 64
+
+
 @lru_cache
 def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    config.recompile_limit = max(config.recompile_limit, VERSIONS)
     return torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
