@@ -108,6 +108,16 @@ def test_given_bounds() -> None:
     assert isinstance(batch_layout(SHAPE, {"position_ids": torch.zeros(2, 6), "cu_seq_lens_q": bounds}), Reason)
 
 
+def test_packed_lengths_that_are_said() -> None:
+    unseen = torch.empty(2, 6, dtype=torch.int64, device="meta")
+    found = layout(position_ids=unseen, sequence_lengths=(2, 4, 5, 1))
+    assert (ends(found), found.max_seqlen, found.tokens) == ([0, 2, 6, 11, 12], 5, 12)
+    assert ends(layout(position_ids=unseen, sequence_lengths=[6, 6])) is None
+    for wrong in ((2, 4, 5), (6, 6, 0), (13, -1)):
+        with pytest.raises(ValueError, match="of a packed batch, 12 tokens in all"):
+            layout(position_ids=unseen, sequence_lengths=wrong)
+
+
 def test_positions_of_other_shapes() -> None:
     for shape in ((3, 2, 6), (2, 5), (3, 6)):
         assert isinstance(batch_layout(SHAPE, {"position_ids": torch.zeros(shape)}), Reason)

@@ -13,7 +13,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pyralis import PyralisTrainer, PyralisTrainingArguments
 from pyralis.data.collate import Collator
+from pyralis.models.layout import BatchShape, batch_layout
 from pyralis.models.surgery import accelerate
+from pyralis.ops.attention_spec import AttentionLayout
 from pyralis.train import fast_loss
 from pyralis.train.batch_facts import FACTS, FactCollator, take_facts
 from tests.tiny import build_tiny_model, make_tiny_tokenizer
@@ -33,7 +35,8 @@ def test_padded(side: str) -> None:
         assert facts is not None
         assert FACTS not in batch
         assert (facts.supervised_rows, facts.tokens, facts.padding_side) == (4 if side == "right" else 5, 8, side)
-        assert (facts.lengths, facts.added) == ((5, 3), ())
+        assert facts.hints(batch) == {"padding_side": side, "sequence_lengths": (5, 3)}
+        assert facts.hints({}) == {}
 
 
 def test_a_mask_with_holes_and_other_batches() -> None:
@@ -43,13 +46,13 @@ def test_a_mask_with_holes_and_other_batches() -> None:
         return batch
 
     facts = FactCollator(holes)(ROWS)[FACTS]
-    assert (facts.tokens, facts.padding_side) == (7, None)
+    assert (facts.tokens, facts.padding_side, facts.lengths) == (7, None, None)
     images = {"pixel_values": torch.zeros(2, 3)}
     assert FactCollator(lambda _: images)(ROWS) is images
     assert take_facts(images) == (images, None)
 
 
-def test_a_packed_row_gets_its_bounds() -> None:
+def test_packed() -> None:
     theirs = DataCollatorForLanguageModeling(0, padding_free=True)
 
     def earlier(rows: Any) -> dict[str, Any]:  # as TRL had it before it gave bounds
@@ -57,12 +60,27 @@ def test_a_packed_row_gets_its_bounds() -> None:
 
     batch, facts = take_facts(FactCollator(earlier)(ROWS))
     assert facts is not None
-    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 8]
-    assert batch["max_length_q"] == 5
-    assert set(facts.added) == {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
     assert (facts.supervised_rows, facts.tokens, facts.padding_side) == (4, 8, None)
+    assert facts.hints(batch) == {"sequence_lengths": (5, 3)}
     given = {"cu_seq_lens_q": torch.tensor([0, 8])}
-    assert take_facts(FactCollator(lambda rows: earlier(rows) | given)(ROWS))[0]["cu_seq_lens_q"].tolist() == [0, 8]
+    assert FactCollator(lambda rows: earlier(rows) | given)(ROWS)[FACTS].lengths is None
+
+
+def test_packed_rows() -> None:
+    rows = [{**ROWS[0], "position_ids": [0, 1, 0, 1, 2]}, {**ROWS[1], "position_ids": [0, 1, 2]}]
+    batch, facts = take_facts(FactCollator(Collator(0))(rows))
+    assert facts is not None
+    assert facts.lengths == (2, 3, 3, 2)  # the padding is one of them
+    found, looked = (
+        batch_layout(BatchShape(2, 5, torch.device("cpu")), {**batch, **hints}) for hints in (facts.hints(batch), {})
+    )
+    assert isinstance(found, AttentionLayout)
+    assert isinstance(looked, AttentionLayout)
+    assert found.cu_seqlens is not None
+    assert looked.cu_seqlens is not None
+    assert found.cu_seqlens.tolist() == looked.cu_seqlens.tolist() == [0, 2, 5, 8, 10]
+    assert found.max_seqlen == looked.max_seqlen == 3
 
 
 def test_they_reach_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

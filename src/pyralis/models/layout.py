@@ -5,9 +5,9 @@
 - anything else (4-D masks, holes in a mask) is not understood, and the model runs stock.
 
 On a GPU, looking at a mask waits for it once a batch, as stock does, and one look tells how long each row is, too.
-Whoever knows says it and nothing waits: `padding_side` and `sequence_lengths` for padded rows, `cu_seq_lens_q` and
-`max_length_q` for packed ones. What is said is believed. With the side alone nothing waits either, but on a GPU the
-padding is then computed: how much of it there is would have to be read.
+Whoever knows says it and nothing waits: `padding_side` and `sequence_lengths` for padded rows, `sequence_lengths` or
+`cu_seq_lens_q` and `max_length_q` for packed ones. What is said is believed. With the side alone nothing waits either,
+but on a GPU the padding is then computed: how much of it there is would have to be read.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyralis.errors import ModelError
 from pyralis.models.detect import Reason
+from pyralis.models.real_tokens import on_device
 from pyralis.ops.attention_spec import AttentionLayout, SharedKeys
 
 PADDING_SIDES = ("right", "left")
 # Packed sequences in which keys stand twice: {"rows", "first", "again"} of `SharedKeys`, beside `cu_seq_lens_q` and the
 # keys' `cu_seq_lens_k`. Stock attention has no word for it.
 SHARED_KEYS = "shared_keys"
-# [B] numbers on the host, beside a mask and `padding_side`: the real tokens of each row.
+# Numbers on the host: the real tokens of each row, beside a mask and `padding_side`; the tokens of each sequence of a
+# packed batch, row by row, beside its positions.
 LENGTHS = "sequence_lengths"
 # The arguments read here. A stock model would hand those of `HINTS` on to its attention function.
 HINTS = ("padding_side", LENGTHS, SHARED_KEYS)
@@ -62,7 +65,8 @@ def batch_layout(shape: BatchShape, arguments: Mapping[str, Any]) -> AttentionLa
         found = _given(shape, bounds, arguments.get("max_length_q"))
         shared = arguments.get(SHARED_KEYS)
         return found if shared is None or isinstance(found, Reason) else _shared(shape, found, shared, arguments)
-    return _packed(shape, positions)
+    said = arguments.get(LENGTHS)
+    return _packed(shape, _lengths_by(shape, positions) if said is None else _said(said, shape.rows * shape.tokens))
 
 
 def _padded(shape: BatchShape, mask: Tensor, side: str | None, said: Any) -> AttentionLayout | Reason:
@@ -73,7 +77,12 @@ def _padded(shape: BatchShape, mask: Tensor, side: str | None, said: Any) -> Att
         is_right, is_left, *counts = torch.cat([torch.stack([right.all(), left.all()]).long(), kept.sum(1)]).tolist()
         side, lengths = "right" if is_right else "left" if is_left else None, tuple(counts)
     elif said is not None:
-        lengths = _said(shape, said)
+        lengths = _said(said)
+        if len(lengths) != shape.rows or not all(0 <= length <= shape.tokens for length in lengths):
+            raise ValueError(
+                f"{LENGTHS} is {list(lengths)}; expected the number of real tokens of each of {shape.rows} rows of "
+                f"{shape.tokens}"
+            )
     elif mask.device.type == "cpu":  # nothing waits
         lengths = tuple((mask != 0).sum(1).tolist())
     if side == "right":  # causal attention lets no real token see what stands after it
@@ -84,12 +93,11 @@ def _padded(shape: BatchShape, mask: Tensor, side: str | None, said: Any) -> Att
     return Reason("a mask with padding on both sides, or with holes")
 
 
-def _said(shape: BatchShape, said: Any) -> tuple[int, ...]:
+def _said(said: Any, total: int | None = None) -> tuple[int, ...]:
     lengths = tuple(int(length) for length in (said.tolist() if isinstance(said, Tensor) else said))
-    if len(lengths) != shape.rows or not all(0 <= length <= shape.tokens for length in lengths):
+    if total is not None and (sum(lengths) != total or min(lengths) < 1):
         raise ValueError(
-            f"{LENGTHS} is {list(lengths)}; expected the number of real tokens of each of {shape.rows} rows of "
-            f"{shape.tokens}"
+            f"{LENGTHS} is {list(lengths)}; expected those of the sequences of a packed batch, {total} tokens in all"
         )
     return lengths
 
@@ -124,14 +132,16 @@ def refuse_shared_keys(arguments: Mapping[str, Any], reason: str) -> None:
         )
 
 
-def _packed(shape: BatchShape, positions: Tensor) -> AttentionLayout:
-    """Sequences by positions that do not go up by one. One row of positions stands for all rows."""
+def _lengths_by(shape: BatchShape, positions: Tensor) -> tuple[int, ...]:
+    """Of sequences that begin where positions do not go up by one. One row of positions stands for all rows."""
     starts = torch.ones(positions.shape, dtype=torch.bool, device=positions.device)
     starts[:, 1:] = positions.diff(dim=1) != 1
     first = starts.expand(shape.rows, -1).flatten().nonzero().flatten().tolist()
-    if len(first) == shape.rows:
+    return tuple(end - start for start, end in pairwise([*first, shape.rows * shape.tokens]))
+
+
+def _packed(shape: BatchShape, lengths: tuple[int, ...]) -> AttentionLayout:
+    if lengths == (shape.tokens,) * shape.rows:
         return AttentionLayout.padded(shape.rows, shape.tokens)
-    bounds = [*first, shape.rows * shape.tokens]
-    longest = max(end - start for start, end in pairwise(bounds))
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=shape.device)
-    return AttentionLayout.packed(cu_seqlens, longest, shape.rows * shape.tokens)
+    bounds = on_device(np.concatenate([[0], np.cumsum(lengths)]), shape.device).to(torch.int32)
+    return AttentionLayout.packed(bounds, max(lengths), shape.rows * shape.tokens)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyralis.ops.attention_spec import AttentionLayout
@@ -59,10 +60,7 @@ class RealTokens:
             starts = starts + seq - lengths
         total = int(ends[-1])
         index = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
-        host = torch.from_numpy(np.concatenate([index, np.zeros(1, np.int64), ends]))
-        if device.type == "cuda":
-            host = host.pin_memory()
-        both = host.to(device, non_blocking=True)
+        both = on_device(np.concatenate([index, [0], ends]), device)
         bounds = both[total:].to(torch.int32)
         return cls(rows, seq, both[:total], AttentionLayout.packed(bounds, int(lengths.max()), total))
 
@@ -83,3 +81,9 @@ class RealTokens:
         index = self.index.to(places.device)
         table = index.new_zeros(self.rows * self.seq)
         return table.index_copy_(0, index, torch.arange(len(index), device=index.device)).index_select(0, places)
+
+
+def on_device(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+    """In one copy that the CPU does not wait for."""
+    host = torch.from_numpy(numbers)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

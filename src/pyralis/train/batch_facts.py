@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyralis.models.layout import LENGTHS
 from pyralis.ops._loss import IGNORE_INDEX
 
 FACTS = "pyralis_facts"
@@ -17,23 +18,24 @@ FACTS = "pyralis_facts"
 @dataclass(frozen=True, slots=True)
 class BatchFacts:
     """supervised_rows: how many tokens are learnt, as `causal_lm_loss` counts them. tokens: without padding that a mask
-    tells. padding_side: of a mask without holes. lengths: of its rows, [B]. added: arguments for the decoder that the
-    collator did not make."""
+    tells. padding_side: of a mask without holes. lengths: of its rows, or of the sequences that packed positions tell;
+    None where neither does."""
 
     supervised_rows: int
     tokens: int
     padding_side: Literal["right", "left"] | None
-    lengths: tuple[int, ...] = ()
-    added: tuple[str, ...] = ()
+    lengths: tuple[int, ...] | None = None
+
+    def hints(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """How tokens lie, for a model that would have to look. inputs: the batch's, as they are by now."""
+        if self.lengths is None or ("attention_mask" in inputs) != (self.padding_side is not None):
+            return {}
+        return {LENGTHS: self.lengths} | ({"padding_side": self.padding_side} if self.padding_side else {})
 
 
 @dataclass(frozen=True)
 class FactCollator:
-    """A collator that leaves `BatchFacts` with each batch, under `FACTS`.
-
-    Packed batches of one row that come without bounds (`position_ids`, no mask) get `cu_seq_lens_q` and
-    `max_length_q`, as later versions of TRL's collator have them.
-    """
+    """A collator that leaves `BatchFacts` with each batch, under `FACTS`."""
 
     collator: Callable[[Sequence[Any]], Any]
 
@@ -41,8 +43,7 @@ class FactCollator:
         batch = self.collator(examples)
         if not isinstance(batch, Mapping) or not _is_text(batch):
             return batch
-        added = _bounds(batch)
-        return {**batch, **added, FACTS: _facts(batch, tuple(added))}
+        return {**batch, FACTS: _facts(batch)}
 
 
 def take_facts(inputs: dict[str, Any]) -> tuple[dict[str, Any], BatchFacts | None]:
@@ -56,30 +57,28 @@ def _is_text(batch: Mapping[str, Any]) -> bool:
     return isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.dim() == 2 and ids.shape == labels.shape
 
 
-def _facts(batch: Mapping[str, Any], added: tuple[str, ...]) -> BatchFacts:
+def _facts(batch: Mapping[str, Any]) -> BatchFacts:
     mask, labels = batch.get("attention_mask"), batch["labels"]
-    supervised, side, tokens = int((labels[:, 1:] != IGNORE_INDEX).sum()), None, labels.numel()
-    lengths: tuple[int, ...] = ()
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        kept = mask != 0
-        lengths = tuple(kept.sum(1).tolist())
-        tokens = sum(lengths)
-        if (kept[:, 1:] <= kept[:, :-1]).all():
-            side = "right"
-        elif (kept[:, 1:] >= kept[:, :-1]).all():
-            side = "left"
-    return BatchFacts(supervised, tokens, side, lengths, added)  # type: ignore[arg-type]
+    supervised = int((labels[:, 1:] != IGNORE_INDEX).sum())
+    if mask is None:
+        return BatchFacts(supervised, labels.numel(), None, _packed_lengths(batch))
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return BatchFacts(supervised, labels.numel(), None)
+    kept = mask != 0
+    lengths = tuple(kept.sum(1).tolist())
+    if (kept[:, 1:] <= kept[:, :-1]).all():
+        return BatchFacts(supervised, sum(lengths), "right", lengths)
+    if (kept[:, 1:] >= kept[:, :-1]).all():
+        return BatchFacts(supervised, sum(lengths), "left", lengths)
+    return BatchFacts(supervised, sum(lengths), None)
 
 
-def _bounds(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the sequences of a packed row begin, if nobody has said it."""
+def _packed_lengths(batch: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Of the sequences of packed rows, unless bounds say where they end."""
     positions = batch.get("position_ids")
-    if "attention_mask" in batch or "cu_seq_lens_q" in batch or not isinstance(positions, Tensor):
-        return {}
-    if positions.shape != batch["input_ids"].shape or len(positions) != 1:
-        return {}
-    starts = torch.ones(positions.shape[1], dtype=torch.bool)
-    starts[1:] = positions[0].diff() != 1
-    bounds = torch.cat([starts.nonzero().flatten(), torch.tensor([len(starts)])]).to(torch.int32)
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    if "cu_seq_lens_q" in batch or not isinstance(positions, Tensor) or positions.shape != batch["input_ids"].shape:
+        return None
+    starts = torch.ones(positions.shape, dtype=torch.bool)
+    starts[:, 1:] = positions.diff(dim=1) != 1
+    first = starts.flatten().nonzero().flatten()
+    return tuple(torch.cat([first, torch.tensor([positions.numel()])]).diff().tolist())

@@ -10,9 +10,7 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor, nn
 
-from pyralis.models.causal_lm import causal_lm_loss, causal_lm_of
-from pyralis.models.layout import LENGTHS
-from pyralis.models.swap import is_fast
+from pyralis.models.causal_lm import causal_lm_loss
 from pyralis.train.batch_facts import FACTS, BatchFacts, FactCollator, take_facts
 from pyralis.train.lean import LeanTrainer
 from pyralis.train.token_counts import TokenCounts
@@ -40,10 +38,7 @@ class FastLossTrainer(LeanTrainer):
         facts = self._facts_of(labels)
         if facts is None:
             return causal_lm_loss(model, inputs, labels, num_items, label_smoothing=label_smoothing)
-        if not is_fast(causal_lm_of(model)):
-            inputs = {name: value for name, value in inputs.items() if name not in facts.added}
-        elif facts.padding_side is not None and "attention_mask" in inputs:
-            inputs |= {"padding_side": facts.padding_side, LENGTHS: facts.lengths}
+        inputs |= facts.hints(inputs)
         return causal_lm_loss(
             model, inputs, labels, num_items, label_smoothing=label_smoothing, supervised_rows=facts.supervised_rows
         )
