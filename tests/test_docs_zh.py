@@ -1,4 +1,4 @@
-"""The Chinese pages say what the English ones say: the same headings, code, tables and names, links to the same pages."""
+"""The Chinese pages say what the English ones say: the same headings, code, tables and names, and links alike."""
 
 from __future__ import annotations
 
