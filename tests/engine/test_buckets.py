@@ -31,7 +31,7 @@ def test_packed_rows_become_one() -> None:
     assert found.input_ids[0, :100].tolist() == list(range(100))
     assert found.targets[0, 98:].tolist() == [99, 100] + [-100] * 28
     assert found.positions[0].tolist() == [*positions[0].tolist() * 2, *range(28)]
-    assert found.layout.cu_seqlens.tolist() == [0, 20, 50, 70, 100, *[128] * 27]
+    assert found.layout.cu_seqlens.tolist() == [0, 20, 50, 70, 100, *[128] * 11]
     assert isinstance(to_bucket(ids, ids, {"position_ids": torch.zeros(3, 2, 50)}), Reason)
 
 
@@ -50,8 +50,20 @@ def test_padded_rows_become_a_packed_one(side: str) -> None:
     assert found.targets[0].tolist() == [*(real + 1).tolist(), *[-100] * 49]
     assert torch.equal(found.positions[0, :79], real % 50)
     assert found.layout.cu_seqlens[:6].tolist() == [0, 50, 59, 59, 79, 128]
-    assert (found.layout.cu_seqlens.numel(), found.layout.max_seqlen) == (32, 128)
+    assert (found.layout.cu_seqlens.numel(), found.layout.max_seqlen) == (16, 128)
     for removable in (None, lambda layout: False):
         kept = to_bucket(ids, ids + 1, {"attention_mask": mask}, removable=removable)
         assert isinstance(kept, Bucketed)
         assert kept.input_ids.shape == (4, 64)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "longest", "bounds", "bound"), [(8, 250, 16, 512), (15, 513, 32, 1024), (40, 40, 64, 512)]
+)
+def test_few_kinds_of_packed_rows(sequences: int, longest: int, bounds: int, bound: int) -> None:
+    lengths = [longest] + [min(longest, 100)] * (sequences - 1)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    found = to_bucket(positions, positions, {"position_ids": positions, "sequence_lengths": lengths})
+    assert isinstance(found, Bucketed)
+    assert found.layout.cu_seqlens is not None
+    assert (found.layout.cu_seqlens.numel(), found.layout.max_seqlen) == (bounds, bound)

@@ -18,13 +18,14 @@ from torch.nn.functional import pad
 from pyralis.models.detect import Reason
 from pyralis.models.layout import READ, BatchShape, batch_layout
 from pyralis.models.real_tokens import RealTokens, pays
+from pyralis.ops._head import bucket
 from pyralis.ops._loss import IGNORE_INDEX
 from pyralis.ops._triton import cdiv, next_power_of_2
 from pyralis.ops.attention_spec import AttentionLayout
 
 GRAIN = 64  # tokens; below 512 every multiple is a bucket
-BOUNDS_GRAIN = 32  # sequences of a packed batch
-LEAST_BOUND = 256  # of the longest sequence: a kernel's blocks beyond a sequence's end return at once
+# Of a packed row. A kernel's blocks beyond a sequence's end return at once, but some thousands of them take their time.
+LEAST_BOUNDS, LEAST_LONGEST = 16, 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,13 @@ def bucket_length(tokens: int, sizes: int = 8) -> int:
 def row_length(tokens: int) -> int:
     """The bucket of one packed row. All of its padding is computed, so there are more of them: 3 % of it on average."""
     return bucket_length(tokens, 16)
+
+
+def bucket_rows(rows: int | None, tokens: int) -> int | None:
+    """Of `tokens` rows, how many reach the head where `rows` are learnt: one of five shares, for few recorded steps."""
+    if rows is None:
+        return None
+    return bucket(next((cdiv(tokens * share, 8) for share in (1, 2, 4, 6) if rows * 8 <= tokens * share), tokens))
 
 
 def to_bucket(
@@ -113,12 +121,12 @@ def _is_less(padded: AttentionLayout) -> bool:
 
 
 def _one_row(input_ids: Tensor, targets: Tensor, positions: Tensor, layout: AttentionLayout) -> Bucketed:
-    """Of packed sequences, [1, T] each: the padding a sequence, then empty ones up to a round number."""
+    """Of packed sequences, [1, T] each: the padding a sequence, then empty ones up to a power of two of bounds."""
     bounds, tokens = layout.cu_seqlens, layout.tokens
     assert bounds is not None
     extra = row_length(tokens) - tokens
-    room = cdiv(bounds.numel() + 1, BOUNDS_GRAIN) * BOUNDS_GRAIN - bounds.numel()
-    longest = max(next_power_of_2(layout.max_seqlen), next_power_of_2(extra), LEAST_BOUND)
+    room = max(next_power_of_2(bounds.numel() + 1), LEAST_BOUNDS) - bounds.numel()
+    longest = max(next_power_of_2(max(layout.max_seqlen, extra)), LEAST_LONGEST)
     layout = AttentionLayout.packed(pad(bounds, (0, room), value=tokens + extra), longest, tokens + extra)
     return Bucketed(
         pad(input_ids, (0, extra)), _unlearnt(targets, (0, extra)), _continued(positions, extra), layout
