@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyralis.engine.buckets import Bucketed, bucket_length, row_length, to_bucket
+from pyralis.engine.buckets import Bucketed, bucket_length, bucket_rows, row_length, to_bucket
 from pyralis.models.detect import Reason
 
 
@@ -67,3 +67,11 @@ def test_few_kinds_of_packed_rows(sequences: int, longest: int, bounds: int, bou
     assert isinstance(found, Bucketed)
     assert found.layout.cu_seqlens is not None
     assert (found.layout.cu_seqlens.numel(), found.layout.max_seqlen) == (bounds, bound)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "kept"),
+    [(None, 8, None), (1, 2048, 256), (257, 2048, 512), (1500, 2048, 1536), (2000, 2048, 2048)],
+)
+def test_bucket_rows(rows: int | None, tokens: int, kept: int | None) -> None:
+    assert bucket_rows(rows, tokens) == kept

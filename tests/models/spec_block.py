@@ -32,6 +32,9 @@ class SpecBlock:
     def prepare(self, layers: Sequence[tuple[nn.Module, LayerSpec]], kept: Any) -> Prepared:
         return Prepared([(layer, spec) for layer, spec in layers])
 
+    def look(self, layers: Sequence[tuple[nn.Module, LayerSpec]], kept: Any) -> Prepared:
+        return self.prepare(layers, kept)
+
     def release(self, kept: Any) -> None:
         raise AssertionError("nothing was kept")
 

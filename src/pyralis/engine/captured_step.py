@@ -6,113 +6,21 @@ fixed memory: the batch is copied in, the loss copied out, gradients are added t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyralis.engine.buckets import Bucketed
-from pyralis.models.block import standing_for_parameters
-from pyralis.models.gradients import FlatGradients
+from pyralis.engine.recorders import Recorder
+from pyralis.engine.step_gradients import StepGradients
+from pyralis.memory.step_store import StepStore
+from pyralis.models.block import in_recorded_step
 from pyralis.models.model_weights import ModelWeights
-from pyralis.ops._capture import mend_capture
 from pyralis.ops.attention_spec import AttentionLayout
-
-Work = Callable[[], None]
-
-
-class Recorder(Protocol):
-    """Makes work repeatable."""
-
-    def record(self, work: Work) -> Work: ...
-
-    def renew(self) -> None:
-        """All that was recorded is gone."""
-
-    def mend(self) -> None:
-        """A recording has failed."""
-
-
-class Rerun:
-    """Where nothing can be captured (a CPU): the work itself. For tests of everything around the capture."""
-
-    def record(self, work: Work) -> Work:
-        return work
-
-    def renew(self) -> None:
-        """Nothing is kept."""
-
-    def mend(self) -> None:
-        """Nothing is left in between."""
-
-
-class CudaGraphs:
-    """CUDA graphs in one memory pool. What is replayed must alternate as it was captured: a forward, its backward."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-
-    def record(self, work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a data loader that pins memory) may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
-
-    def renew(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()  # a pool dies with its last graph
-        torch.cuda.empty_cache()
-
-    def mend(self) -> None:
-        mend_capture()
-
-
-class StepGradients:
-    """Fixed buffers for the gradients of everything trained, and what `p.grad` has to do with them."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], flat: FlatGradients) -> None:
-        self.parameters = tuple(parameters)
-        self.views = tuple(torch.zeros_like(p) if (view := flat.view(p)) is None else view for p in self.parameters)
-        inside = {id(p) for p in self.parameters}
-        self._whole = all(id(p) in inside for p in flat.parameters)  # buffers hold nobody else's gradients
-        self._buffers = list({id(b): b for v in self.views for b in [v if v._base is None else v._base]}.values())
-
-    @contextmanager
-    def bound(self) -> Iterator[None]:
-        """With every `p.grad` its buffer: what is recorded then adds to it."""
-        before = [p.grad for p in self.parameters]
-        for p, view in zip(self.parameters, self.views):
-            p.grad = view
-        try:
-            yield
-        finally:
-            for p, grad in zip(self.parameters, before):
-                p.grad = grad
-
-    def prepare(self) -> list[tuple[Tensor, Tensor]]:
-        """Bring buffers to where a backward adds to them. Returns (p.grad, buffer) where they are two; see `settle`."""
-        fresh = [i for i, p in enumerate(self.parameters) if p.grad is None]
-        pairs = () if len(fresh) == len(self.parameters) else zip(self.parameters, self.views)
-        other = [i for i, (p, view) in enumerate(pairs) if p.grad is not None and p.grad is not view]
-        with torch.no_grad():
-            if len(fresh) == len(self.parameters) and self._whole:
-                torch._foreach_zero_(self._buffers)
-            elif fresh or other:
-                torch._foreach_zero_([self.views[i] for i in (*fresh, *other)])
-        for i in fresh:
-            self.parameters[i].grad = self.views[i]
-        return [(grad, self.views[i]) for i in other if (grad := self.parameters[i].grad) is not None]
-
-    @staticmethod
-    def settle(apart: list[tuple[Tensor, Tensor]]) -> None:
-        """Add what a backward left in buffers that are not `p.grad`."""
-        if apart:
-            with torch.no_grad():
-                torch._foreach_add_([grad for grad, _ in apart], [buffer for _, buffer in apart])
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,30 +61,37 @@ class StaticBatch:
 
 
 class CapturedStep:
-    """`compute` reads the batch in `static` and returns the loss; recorded here, with its backward."""
+    """`compute` reads the batch in `static` and returns the loss; recorded here, with its backward.
+
+    store: where inputs of layers wait that are offloaded; it has the room.
+    """
 
     def __init__(
         self, recorder: Recorder, static: StaticBatch, gradients: StepGradients, weights: ModelWeights,
-        compute: Callable[[StaticBatch], Tensor],
+        compute: Callable[[StaticBatch], Tensor], store: StepStore,
     ) -> None:  # fmt: skip
         self.static, self.gradients, self.weights = static, gradients, weights
         self._grad = torch.ones((), dtype=torch.float32, device=static.input_ids.device)
         self._loss: Tensor | None = None
 
         def forward() -> None:
+            store.begin()
             anchor = torch.zeros((), device=static.input_ids.device, requires_grad=True)
-            with standing_for_parameters(anchor):
+            with in_recorded_step(anchor, store):
                 self._loss = compute(static)
+            store.join()
 
         def backward() -> None:
             assert self._loss is not None
             self._loss.backward(self._grad.to(self._loss.dtype))
+            store.join()
 
         with gradients.bound(), torch.enable_grad():
             self._forward = recorder.record(forward)
             self._backward = recorder.record(backward)
         if self._loss is not None:  # recorded: the tape has served
             self._loss = self._loss.detach()
+        self._host_memory = store.buffers  # which the graphs copy from and to, whatever becomes of the store
 
     def forward(self, batch: Bucketed, num_items: Tensor | float | None) -> Tensor:
         self.static.fill(batch, num_items)
@@ -192,3 +107,38 @@ class CapturedStep:
         self._backward()
         self.weights.after_replay()
         self.gradients.settle(apart)
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A forward whose backward may come."""
+
+    done: bool = False
+
+
+def replayed(
+    step: CapturedStep, batch: Bucketed, num_items: Tensor | float | None, ticket: Ticket, inputs: Sequence[Tensor]
+) -> Tensor:
+    """The loss, whose backward is the step's. inputs: tensors that require a gradient; they get none from autograd."""
+    return _Replayed.apply(step, batch, num_items, ticket, *inputs)  # type: ignore[no-any-return]
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, step: CapturedStep, batch: Bucketed, num_items: Tensor | float | None, ticket: Ticket, *_: Tensor
+    ) -> Tensor:
+        ctx.step, ctx.ticket = step, ticket
+        return step.forward(batch, num_items)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        if ctx.ticket.done:
+            raise RuntimeError(
+                "a recorded step was asked for its gradient a second time; the first has overwritten its activations. "
+                'Call backward once for each forward, or `use_step_graphs(model, "off")`.'
+            )
+        ctx.ticket.done = True
+        ctx.step.backward(grad)
+        return (None,) * len(ctx.needs_input_grad)

@@ -26,7 +26,17 @@ from pyralis.models.weights import LayerWeights
 from pyralis.ops.attention import AttentionLayout
 
 _NOTHING = nullcontext()
-_anchor: ContextVar[Tensor | None] = ContextVar("anchor", default=None)
+
+
+class _Recorded(NamedTuple):
+    """What a step that is recorded puts in the place of a usual one's."""
+
+    anchor: Tensor | None = None
+    store: InputStore | None = None
+
+
+_USUAL = _Recorded()
+_recorded: ContextVar[_Recorded] = ContextVar("recorded", default=_USUAL)
 
 
 class _Call(NamedTuple):
@@ -64,6 +74,7 @@ def fused_layer(
     if rng is not None and rng.device != hidden_states.device:
         rng = rng.to(hidden_states.device)  # a model over several devices
     cos, sin = (table.reshape(-1, table.shape[-1]) for table in (cos, sin))
+    store = _recorded.get().store or store
     call = _Call(weights, Context(weights.spec, state, cos, sin, rng), layout, flat, policy, store)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or state.parameters):
         return _FusedLayer.apply(hidden_states, call, *_leaves(hidden_states, state.parameters))
@@ -75,25 +86,26 @@ def _leaves(hidden_states: Tensor, parameters: tuple[nn.Parameter, ...]) -> tupl
     """The trained parameters that autograd has to know of, which costs a node 2 us for each.
 
     It has to where nothing else needs a gradient, and for DDP, whose hooks run when autograd comes by. In their place
-    stands the tensor of `standing_for_parameters`, if there is one.
+    stands the anchor of `in_recorded_step`, if there is one.
     """
-    if (anchor := _anchor.get()) is not None:
+    if (anchor := _recorded.get().anchor) is not None:
         return () if hidden_states.requires_grad else (anchor,)
     return () if hidden_states.requires_grad and not is_distributed() else parameters
 
 
 @contextmanager
-def standing_for_parameters(anchor: Tensor) -> Iterator[None]:
-    """Let autograd see `anchor` (a leaf that requires a gradient, and gets none) in place of trained parameters.
+def in_recorded_step(anchor: Tensor | None, store: InputStore | None = None) -> Iterator[None]:
+    """For a step that is recorded, or run as it will be.
 
-    For a capture: the accumulator of a parameter that an earlier loss still holds belongs to the stream of that loss,
-    and waiting for another stream ends a capture.
+    anchor: a leaf that requires a gradient, and gets none, for autograd to see in place of trained parameters. The
+    accumulator of a parameter that an earlier loss still holds belongs to the stream of that loss, and waiting for
+    another stream ends a capture. store: in place of the one that layers are called with.
     """
-    token = _anchor.set(anchor)
+    token = _recorded.set(_Recorded(anchor, store))
     try:
         yield
     finally:
-        _anchor.reset(token)
+        _recorded.reset(token)
 
 
 def is_distributed() -> bool:

@@ -19,6 +19,9 @@ class Block(Protocol):
     def prepare(self, layers: Sequence[tuple[nn.Module, LayerSpec]], kept: Any) -> Prepared:
         """What `run` needs of the layers as they are now. kept: the `Prepared.kept` of the call before, or None."""
 
+    def look(self, layers: Sequence[tuple[nn.Module, LayerSpec]], kept: Any) -> Prepared:
+        """The same without anything for the device to do: for a recorded step, in which `prepare` is recorded."""
+
     def release(self, kept: Any) -> None:
         """The layers go back to stock: their parameters are to be on their own again."""
 

@@ -104,9 +104,7 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     arguments["attention_mask"] = torch.empty((1, 1, 1, 1), device="meta")
     tokens = find_real_tokens(self, arguments, call.layout)
     if tokens is None:
-        return stock.forward(self, **arguments, **{CALL: call})
-    call = replace(call, layout=tokens.layout, tokens=tokens)
-    output = stock.forward(self, **without_padding(arguments, tokens), **{CALL: call})
+        return output
     if kept is None:
         return padded_again(output, tokens)
     kept.tokens = tokens
@@ -146,8 +144,11 @@ def _plan(
     return found if isinstance(found, Reason) else Call(found, prepare_layers(backbone, state))
 
 
-def prepare_layers(backbone: Any, state: BackboneState) -> dict[int, Any]:
-    """The handles of the layers that can be served now, by `id`; the others' states get the reason."""
+def prepare_layers(backbone: Any, state: BackboneState, *, copies: bool = True) -> dict[int, Any]:
+    """The handles of the layers that can be served now, by `id`; the others' states get the reason.
+
+    copies: whether what the layers compute with is brought up to date; without it they are only looked at.
+    """
     state.called = True
     served: list[tuple[nn.Module, LayerSpec]] = []
     states: list[LayerState] = []
@@ -159,7 +160,7 @@ def prepare_layers(backbone: Any, state: BackboneState) -> dict[int, Any]:
             states.append(state_of_layer)
     if block is None or not served:
         return {}
-    prepared = block.prepare(served, state.kept)
+    prepared = (block.prepare if copies else block.look)(served, state.kept)
     state.kept = prepared.kept
     ready = {}
     for (layer, _), layer_state, handle in zip(served, states, prepared.handles):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,17 +47,27 @@ class FusedBlock:
     """Every gradient is written into `.grad` while the backward runs; what else would have seen it is looked for."""
 
     def prepare(self, layers: Layers, kept: Kept | None) -> Prepared:
+        found = self.look(layers, kept)
+        model: ModelWeights = found.kept.weights
+        with _plain_tensors():
+            model.copy()
+            if model.rng is None:
+                return found
+            rng = _drawn(model.rng)
+        handles = [handle if isinstance(handle, Reason) else replace(handle, rng=rng) for handle in found.handles]
+        return Prepared(handles, found.kept)
+
+    def look(self, layers: Layers, kept: Kept | None) -> Prepared:
         parts = [(layer, spec, tuple(layer._modules.values())) for layer, spec in layers]
         if kept is None or kept.parts != parts:
             kept = Kept(parts, ModelWeights(layers))
         model, autocast = kept.weights, _autocast_dtype(layers[0][0])
         with _plain_tensors():
-            problems = model.refresh(autocast)
-            rng = None if model.rng is None else _drawn(model.rng)
+            problems = model.look(autocast)
         handles: list[Handle | Reason] = []
         for weights, problem in zip(model.layers, problems):
             reason = Reason(problem) if problem is not None else _unserved(weights.state, autocast)
-            handles.append(Handle(weights, model, kept.store, rng) if reason is None else reason)
+            handles.append(Handle(weights, model, kept.store, None) if reason is None else reason)
         return Prepared(handles, kept)
 
     def release(self, kept: Kept) -> None:

@@ -81,20 +81,22 @@ class ModelWeights:
         autocast: autocast's dtype where it is on; plain weights of another are then multiplied in it, as stock does.
         Draws new dropout masks; a backward keeps those of its forward.
         """
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
+        reasons = self.look(autocast)
+        self.copy()
+        return reasons
+
+    def look(self, autocast: torch.dtype | None = None) -> list[str | None]:
+        """The first half of `refresh`, on the host: what the modules hold. Before a recorded step, which has the second
+        half in it."""
         reasons: list[str | None] = []
         with torch.no_grad():
             for layer in self.layers:
                 try:
-                    layer.collect(targets, sources, autocast)
+                    layer.look(autocast)
                 except ModelError as error:
                     reasons.append(str(error))
                 else:
                     reasons.append(None)
-            if targets:
-                torch._foreach_copy_(targets, sources)
-            self._draw()
         states = [layer.state if layer.served else None for layer in self.layers]
         if states != self._states:
             self._states = states
@@ -107,6 +109,18 @@ class ModelWeights:
             self.rng = None
             return
         if self._counter is None:
+    def copy(self) -> None:
+        """The second half, on the device: the copies that the layers compute with."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        with torch.no_grad():
+            for layer in self.layers:
+                if layer.served:
+                    layer.collect(targets, sources)
+            if targets:
+                torch._foreach_copy_(targets, sources)
+            self._draw()
+
             device = next(layer.state.device for layer in self.layers if layer.served)
             self._counter = new_rng(self.seed, device)
         self.rng = self._counter.clone()

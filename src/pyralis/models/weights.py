@@ -145,12 +145,14 @@ class LayerWeights:
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         with torch.no_grad():
-            self.collect(targets, sources, autocast)
+            self.look(autocast)
+            self.collect(targets, sources)
             if targets:
                 torch._foreach_copy_(targets, sources)
 
-    def collect(self, targets: list[Tensor], sources: list[Tensor], autocast: torch.dtype | None = None) -> None:
-        """`refresh` without gradients, but what is left to copy is appended to the lists: one launch serves a model."""
+    def look(self, autocast: torch.dtype | None = None) -> None:
+        """The first half of `refresh`, without gradients: read the modules. A device does nothing, but where something
+        has to be laid out anew."""
         self._state = None
         seen = self._glance(autocast)
         if self._seen is not None and self._seen[0] == seen:
@@ -159,6 +161,10 @@ class LayerWeights:
             state = self._read(autocast)
             self._seen = self._glance(autocast), state  # laying out moves plain weights
         self._state = state
+
+    def collect(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        """The second half: what is left to copy is appended to the lists, so that one launch serves a model."""
+        state = self.state
         for base in self._bases.values():
             base.adapters_changed()
         for group in state.adding:

@@ -15,7 +15,7 @@ from pyralis.bench.train.peers.base import Peer
 from pyralis.bench.train.peers.hugging_face import Compiled, HuggingFace, Trl
 from pyralis.bench.train.peers.ours import Pyralis
 from pyralis.bench.train.settings import Job, Loop, Mode, PeerChoice, Shape, TrainBench
-from pyralis.engine.captured_step import Rerun
+from pyralis.engine.recorders import Rerun
 from pyralis.engine.step_graphs import use_step_graphs
 from pyralis.errors import ModelError
 from pyralis.models.surgery import decoder_layers, report
