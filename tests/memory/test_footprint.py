@@ -105,6 +105,12 @@ def test_mixed_policies_add_up() -> None:
         ("some layers", LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)),
         ("one layer", LoraConfig(r=4, target_modules=["k_proj", "up_proj"], layers_to_transform=[1])),
         ("wide", LoraConfig(r=64, target_modules="all-linear", init_lora_weights=False)),
+        ("DoRA", LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, use_dora=True)),
+        (
+            "DoRA with dropout",
+            LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, use_dora=True, lora_dropout=0.5),
+        ),
+        ("dropout", LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5)),
         ("full", None),
     ],
 )
@@ -112,7 +118,9 @@ def test_what_is_trained_decides_what_is_kept(case: str, lora: LoraConfig | None
     base = build("llama", lora=lora)
     shape = describe(base)
     choose_save_policy(decoder_layers(base), policy)
-    assert kept_bytes(base) == ROWS * TOKENS * sum(kept_per_token(layer, policy) for layer in shape.layers), case
+    where_masks_start = 32 if "dropout" in case else 0
+    expected = ROWS * TOKENS * sum(kept_per_token(layer, policy) for layer in shape.layers) + where_masks_start
+    assert kept_bytes(base) == expected
 
 
 @pytest.mark.parametrize("resident", [False, True])

@@ -63,7 +63,7 @@ class FastLanguageModel:
         rope_scaling: RopeScaling | None = None,
         fix_tokenizer: bool = True,
         trust_remote_code: bool = False,
-        use_gradient_checkpointing: Checkpointing = "unsloth",
+        use_gradient_checkpointing: Checkpointing = "auto",
         resize_model_vocab: int | None = None,
         revision: str | None = None,
         use_exact_model_name: bool = False,
@@ -133,7 +133,7 @@ class FastLanguageModel:
         bias: Literal["none", "all", "lora_only"] = "none",
         layers_to_transform: int | Sequence[int] | None = None,
         layers_pattern: str | Sequence[str] | None = None,
-        use_gradient_checkpointing: Checkpointing = "unsloth",
+        use_gradient_checkpointing: Checkpointing = "auto",
         random_state: int = 3407,
         max_seq_length: int = 2048,
         use_rslora: bool = False,
@@ -151,8 +151,10 @@ class FastLanguageModel:
         Args:
             target_modules: names, "all-linear", or a regular expression of whole paths; None is q, k, v, o, gate, up
                 and down. `embed_tokens` and `lm_head` among them are trained whole, as modules_to_save.
-            use_gradient_checkpointing: True recomputes each layer in the backward and keeps its input; "unsloth" moves
-                the input to host memory meanwhile; False and "auto" keep everything. Gradients are the same.
+            use_gradient_checkpointing: "auto" keeps of each layer what makes the step the fastest that fits the GPU
+                (docs/plan.md), and everything without one. True recomputes each layer in the backward and keeps its
+                input; "unsloth" moves the input to host memory meanwhile; False keeps everything. Gradients are the
+                same.
             random_state: seeds the adapter's start; torch's generators are left as they are.
             init_lora_weights: True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq" ... as
                 PEFT has them. Those that change the base weights need a model without quantisation.

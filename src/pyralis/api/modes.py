@@ -9,15 +9,16 @@ from pyralis.api.notice import notice
 from pyralis.api.origin import Checkpointing, base_of, origin_of, set_origin
 from pyralis.compat import switch_checkpointing
 from pyralis.errors import ModelError
+from pyralis.memory.auto import follow_plan, forget_plan
 from pyralis.models.checkpointing import choose_save_policy
 from pyralis.models.policy import SavePolicy
 from pyralis.models.surgery import decoder_layers
+from pyralis.models.swap import is_fast
 
-# What a fast layer keeps for its backward (docs/fused-layer.md). A layer that runs stock is checkpointed by
-# transformers wherever that is not "keep".
-POLICIES: dict[Checkpointing, SavePolicy] = {
+# What a fast layer keeps for its backward (docs/fused-layer.md); None: what the memory plan says (docs/plan.md).
+POLICIES: dict[Checkpointing, SavePolicy | None] = {
     "unsloth": "offload_input",
-    "auto": "keep",
+    "auto": None,
     True: "recompute_layer",
     False: "keep",
 }
@@ -29,21 +30,29 @@ def set_checkpointing(model: Any, choice: Checkpointing) -> None:
     Raises:
         ModelError: none of True, False, "unsloth" and "auto".
     """
-    policy = POLICIES.get(choice)
-    if policy is None:
+    if choice not in POLICIES:
         raise ModelError(f'use_gradient_checkpointing is {choice!r}; expected True, False, "unsloth" or "auto".')
-    base = base_of(model)
+    base, policy = base_of(model), POLICIES[choice]
+    forget_plan(base)
     choose_save_policy(decoder_layers(base), policy)
+    if policy is None:
+        follow_plan(base)
     set_origin(model, replace(origin_of(model), checkpointing=choice))
+    checkpointed = _checkpoints_stock(base) if policy is None else policy != "keep"
     if not base.supports_gradient_checkpointing:
-        if policy != "keep":
+        if checkpointed:
             notice(f"use_gradient_checkpointing has no effect: {type(base).__name__} does not support it")
         return
     # The switch hooks the embedding so that reentrant checkpoints see a gradient, and hooks it anew each time. Without
     # reentrance there is no need, and the hook could not be pickled.
     base.disable_input_require_grads()
-    switch_checkpointing(base, policy != "keep")
+    switch_checkpointing(base, checkpointed)
     base.disable_input_require_grads()
+
+
+def _checkpoints_stock(base: Any) -> bool:
+    """Whether layers that no plan is made for are checkpointed: on a GPU, whose memory is scarce."""
+    return base.device.type == "cuda" and not all(map(is_fast, decoder_layers(base)))
 
 
 def for_training(model: Any, use_gradient_checkpointing: Checkpointing | None = None) -> Any:

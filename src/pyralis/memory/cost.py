@@ -135,11 +135,13 @@ def _forward(layer: LayerShape, batch: Batch, rates: GpuRates, *, whole: bool) -
     moved = 3 * residual + 3 * hidden + 2 * (q + k) * e + 3 * spec.intermediate_size * e
     moved += 2 * spec.query_features * e if layer.groups[1].group.pad else 0
     moved += residual if whole else 0
+    moved += 3 * e * sum(group.group.out_features for group in groups if group.group.dora)
+    norms = e * sum(group.weights for group in layer.groups if group.group.dora)  # DoRA's, of W + s B A
     moved += 2 * hidden * (int(spec.post_attention_norm is not None) + int(whole and spec.post_mlp_norm is not None))
     return Seconds(
         products=sum(_product(group, T) for group in groups) / (PRODUCTS * rates.matmul_flops_per_s),
         attention=_attention(layer, batch, rates, 4, ATTENTION_FORWARD),
-        elementwise=_passes(moved * T, rates),
+        elementwise=_passes(moved * T + norms, rates),
         adapters=sum(_thin(group, T, e, backward=False) for group in layer.groups) / (THIN * rates.copy_bytes_per_s),
     )
 

@@ -26,25 +26,31 @@ def kept_per_token(layer: LayerShape, policy: SavePolicy) -> int:
     """Device bytes that a layer keeps for each token, its input included."""
     spec, e = layer.spec, layer.element_size
     hidden, residual = spec.hidden_size * e, spec.hidden_size * layer.residual_size
-    before_norm = hidden + _statistics(spec.post_mlp_norm.kind) if spec.post_mlp_norm is not None else 0
-    if policy == "offload_input":
-        return before_norm
-    if policy == "recompute_layer":
-        return residual + before_norm
-    keep = policy == "keep"
     qkv, attention_out, gate_up, down = layer.groups
+    down_out = hidden + _statistics(spec.post_mlp_norm.kind) if spec.post_mlp_norm is not None else 0
+    down_out += hidden if down.trains_magnitude else 0
+    if policy == "offload_input":
+        return down_out
+    if policy == "recompute_layer":
+        return residual + down_out
+    keep = policy == "keep"
     heads, kv_heads = spec.attention.num_heads, spec.attention.num_kv_heads
-    total = residual + before_norm  # the input
-    total += _input(qkv, e, keep) + e * qkv.group.out_features
+    total = residual + down_out  # the input
+    total += _input(qkv, e, keep) + e * qkv.group.out_features * (2 if qkv.trains_magnitude else 1)
     total += e * attention_out.group.width + 4 * heads + _apart(layer)
     if spec.q_norm is not None:
         total += 4 * (heads + kv_heads)
         total += e * sum(spec.qkv_features[:2]) if keep else 0
     if spec.post_attention_norm is not None:
         total += hidden + _statistics(spec.post_attention_norm.kind)
+    total += hidden if attention_out.trains_magnitude else 0
     total += residual  # between attention and MLP
     total += _statistics(spec.input_norm.kind) + _statistics(spec.pre_mlp_norm.kind)
-    total += _input(gate_up, e, keep) + e * gate_up.rows
+    total += _input(gate_up, e, keep)
+    if gate_up.trains_magnitude:  # the product without DoRA's magnitudes, of which the one with them is made again
+        total += e * gate_up.group.out_features
+    if not gate_up.trains_magnitude or gate_up.group.has_dropout:
+        total += e * gate_up.rows
     return total + _input(down, e, keep)
 
 
@@ -69,6 +75,9 @@ def computed_per_token(layer: LayerShape) -> int:
     """Bytes that a forward leaves behind before a policy drops anything, its input and output included."""
     spec, e = layer.spec, layer.element_size
     dropped = sum(e * g.group.width - _input(g, e, True) for g in (layer.groups[0], layer.groups[2], layer.groups[3]))
+    gate_up = layer.groups[2]
+    if gate_up.trains_magnitude and not gate_up.group.has_dropout:
+        dropped += e * gate_up.rows
     return kept_per_token(layer, "keep") + dropped + spec.hidden_size * layer.residual_size
 
 

@@ -20,6 +20,7 @@ from pyralis.models.group_state import LayoutOptions, group_layout
 from pyralis.models.layer_state import look_again
 from pyralis.models.spec import LayerSpec
 from pyralis.models.workspace import ALIGNMENT
+from pyralis.models.wide_residual import stream_dtype
 from pyralis.ops._triton import Gpu
 from pyralis.ops.lora_group import LoraGroup
 
@@ -40,7 +41,7 @@ class Assumed:
 class GroupShape:
     """Linear layers that share their input. wide: LoRA's B lies beside W, and A below it.
 
-    trains_A, trains_B: whether any of them is; trains_base: whether W is.
+    trains_A, trains_B: whether any of them is; trains_base: whether W is; trains_magnitude: DoRA's.
     """
 
     group: LoraGroup
@@ -48,6 +49,7 @@ class GroupShape:
     trains_A: bool
     trains_B: bool
     trains_base: bool
+    trains_magnitude: bool = False
 
     @property
     def reads_input(self) -> bool:
@@ -139,13 +141,13 @@ def describe_model(
 
     Raises ModelError where a layer runs stock, with the reason: what stock keeps is not known.
     """
-    residual = causal.get_input_embeddings().weight.element_size()
-    residual = residual if assumed is None else assumed.dtype.itemsize
+    embedded = causal.get_input_embeddings().weight.dtype if assumed is None else assumed.dtype
     shapes = []
     for index, layer in enumerate(layers):
         found = look_again(layer)[1]
         if isinstance(found, Reason):
             raise ModelError(f"layer {index} runs stock ({found}), and what it keeps is not known")
+        residual = stream_dtype(layer, embedded).itemsize
         shapes.append(_layer(layer, found, gpu, residual, assumed, autocast))
     head = causal.get_output_embeddings()
     inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -184,6 +186,7 @@ def _layer(
             GroupShape(
                 group, wide, any(a.A.requires_grad for a in adapters), any(a.B.requires_grad for a in adapters),
                 any(linear.base.weight.requires_grad for linear in own),
+                any(a.magnitude is not None and a.magnitude.requires_grad for a in adapters),
             )
         )  # fmt: skip
     qkv, attention_out, gate_up, down = groups

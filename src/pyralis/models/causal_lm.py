@@ -20,6 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from pyralis.memory.auto import chunk_of, planner_of
 from pyralis.models.detect import Reason
 from pyralis.models.families import FAMILIES, Family
 from pyralis.models.layer_state import HOOKS
@@ -48,6 +49,7 @@ class Head:
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+    chunk_bytes: int | None = None  # most bytes of logits at a time; None: the op's own choice
 
 
 class Request(Protocol):
@@ -77,6 +79,7 @@ class LossRequest:
         loss = linear_cross_entropy(
             hidden, head.weight, targets, bias=head.bias, num_items=self.num_items, supervised_rows=rows,
             softcap=head.softcap, logit_scale=head.logit_scale, label_smoothing=self.label_smoothing,
+            chunk_bytes=head.chunk_bytes,
         )  # fmt: skip
         return CausalLMOutputWithPast(loss=loss)
 
@@ -159,6 +162,9 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Of the causal LM, in place of its class's."""
     stock: Any = stock_class(type(self))
     request: Request | None = kwargs.pop(REQUEST, None)
+    if (planner := planner_of(self)) is not None:
+        given = dict(zip(_parameters(stock), args)) | kwargs
+        planner.before_call(self, given, recorded=causal_state(self).engine is not None, logits=request is None)
     if request is None:
         return stock.forward(self, *args, **kwargs)
     head = _head(self)
@@ -205,7 +211,8 @@ def _head(causal: Any) -> Head | Reason:
     if type(linear.weight.data) is not Tensor or linear.weight.shape != (linear.out_features, linear.in_features):
         return Reason("the weight of lm_head is sharded")
     softcap = config.final_logit_softcapping if family.final_softcap else None
-    return Head(linear.weight, linear.bias, softcap, 1 / config.logits_scaling if family.logits_scaling else 1.0)
+    scale = 1 / config.logits_scaling if family.logits_scaling else 1.0
+    return Head(linear.weight, linear.bias, softcap, scale, chunk_of(causal))
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class LogprobRequest:
         statistics = HeadStatistics.empty(len(targets), chosen.device) if self.with_statistics else None
         logprobs = token_logprobs(
             chosen, head.weight, targets, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
-            statistics=statistics,
+            statistics=statistics, chunk_bytes=head.chunk_bytes,
         )  # fmt: skip
         return TokenLogprobs(logprobs, statistics)
 

@@ -1,0 +1,72 @@
+"""A plan in words, for a log, a terminal or a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TypeVar
+
+from pyralis.memory.footprint import CONTEXT
+from pyralis.memory.gpus import GIB
+from pyralis.memory.plan import Plan
+from pyralis.models.policy import SavePolicy
+
+Value = TypeVar("Value")
+WORDS: dict[SavePolicy, str] = {
+    "keep": "keep everything",
+    "recompute_cheap": "compute norms and act(gate) * up again",
+    "recompute_layer": "keep their input",
+    "offload_input": "have their input in host memory",
+}
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def layer_lines(plan: Plan) -> list[str]:
+    """ "layers 0-17 compute norms and act(gate) * up again", one line for each run of layers alike."""
+    lines = [f"layers {span} {WORDS[policy]}" for span, policy in _runs(plan.policies)]
+    kept = [span for span, kept in _runs(plan.keep_matrices) if kept]
+    if kept:
+        lines.append(f"layers {', '.join(kept)} keep their dequantised matrices")
+    if plan.chunk_bytes is not None:
+        lines.append(f"the head makes {plan.chunk_bytes >> 20} MiB of logits at a time, in place of 512")
+    return lines
+
+
+def memory_rows(plan: Plan) -> list[tuple[str, int]]:
+    """(category, bytes) of the peak; they add up to what the GPU has to have."""
+    memory = plan.memory
+    standing = memory.standing
+    return [
+        ("weights", standing.weights),
+        ("adapters and their compute copies", standing.adapters),
+        ("gradients", standing.gradients),
+        ("optimizer", standing.optimizer),
+        ("dequantised matrices", standing.matrices),
+        ("kept for the backward", memory.activations),
+        ("working memory of a layer or the head", memory.working),
+        ("libraries' workspaces", standing.libraries),
+        ("holes between blocks", memory.reserved - memory.allocated),
+        ("CUDA context", CONTEXT),
+    ]
+
+
+def summary(plan: Plan) -> str:
+    """One line: for a log."""
+    batch = plan.batch
+    what = "; ".join(layer_lines(plan))
+    peak = f"{gib(plan.memory.reserved)} of {gib(plan.budget)}"
+    if not plan.fits:
+        peak += ", which it will not fit into"
+    return f"memory plan for {batch.tokens:,} tokens: {what}; {peak}, {plan.seconds.total * 1e3:.0f} ms predicted"
+
+
+def _runs(values: Iterable[Value]) -> list[tuple[str, Value]]:
+    """("0-17", value) for each run of equal ones."""
+    found = []
+    for value, run in groupby(enumerate(values), key=lambda pair: pair[1]):
+        indices = [index for index, _ in run]
+        found.append((f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0]), value))
+    return found

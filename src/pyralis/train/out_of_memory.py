@@ -1,0 +1,127 @@
+"""A micro-batch that did not fit, again under a more frugal memory plan: nothing is lost.
+
+Only where a model follows a plan (`memory/auto.py`): what a user has chosen by hand is not changed. Gradients and the
+random state are put back to where they were before the micro-batch, and recorded steps are given up.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pyralis.memory.auto import Planner, planner_of
+from pyralis.memory.explain import gib
+from pyralis.memory.predict import Settings
+from pyralis.models.causal_lm import causal_lm_of, causal_state
+from pyralis.models.swap import is_fast
+from pyralis.ops.adamw_8bit import State8bit
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+MOST_SHARE = 16  # gradients of more than this part of a GPU's memory are not copied
+
+
+def retried(model: Any, step: Callable[[], Result], settings: Callable[[], Settings] = Settings) -> Result:
+    """`step()`, a forward and backward of `model` as it is wrapped; again while it runs out of memory and the plan can
+    be more frugal. settings: what the first plan is made with.
+
+    Raises torch.OutOfMemoryError where it cannot, or where gradients accumulated so far are lost.
+    """
+    causal = causal_lm_of(model)
+    planner = planner_of(causal)
+    if planner is None:
+        return step()
+    if planner.plan is None:
+        planner.settings = settings()
+    before = Before.of(causal)
+    while True:
+        try:
+            return step()
+        except torch.OutOfMemoryError as error:
+            failure = error.with_traceback(None)  # its frames hold the activations
+            failure.__context__ = None
+        # Outside of the `except` block, where nothing refers to the frames any more.
+        if not before.restore():
+            failure.add_note(
+                "The gradients of this step's earlier micro-batches were too large to be copied: it is lost."
+            )
+            raise failure
+        _give_back(causal)
+        _go_down(planner, causal, failure)
+
+
+def settings_of(optimizer: Any, accumulation: int) -> Settings:
+    """What an optimizer tells of a run: bytes of its states per parameter, 8 bits or 32 for each of the two."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    in_8_bits = isinstance(getattr(inner, "moments", None), State8bit) or (
+        getattr(getattr(inner, "args", None), "optim_bits", 32) == 8
+    )
+    return Settings(moments=2.1 if in_8_bits else 8.0, accumulation=accumulation)
+
+
+def _give_back(causal: nn.Module) -> None:
+    engine: Any = causal_state(causal).engine if is_fast(causal) else None
+    if engine is not None:
+        engine.drop()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _go_down(planner: Planner, causal: nn.Module, failure: torch.OutOfMemoryError) -> None:
+    planned = planner.plan
+    if not planner.notch_down(causal):
+        raise failure
+    assert planned is not None
+    assert planner.plan is not None
+    logger.warning(
+        "Out of memory with %s planned for: the micro-batch is computed again with %s.",
+        gib(planned.memory.reserved), gib(planner.plan.memory.reserved),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """What a micro-batch changes: gradients and random states, as they were."""
+
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor | None]
+    copies: list[tuple[Tensor, Tensor]] | None  # (buffer, what it held); None: too large to be copied
+    cpu: Tensor
+    gpu: Tensor | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Before:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        device = next(model.parameters()).device
+        gradients = [p.grad for p in parameters]
+        buffers = {id(b): b for g in gradients if g is not None for b in [g if g._base is None else g._base]}
+        copies: list[tuple[Tensor, Tensor]] | None = []
+        if buffers:
+            size = sum(buffer.nbytes for buffer in buffers.values())
+            fits = device.type != "cuda" or size * MOST_SHARE < torch.cuda.mem_get_info(device)[1]
+            copies = [(buffer, buffer.detach().clone()) for buffer in buffers.values()] if fits else None
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(parameters, gradients, copies, torch.get_rng_state(), gpu, device)
+
+    @torch.no_grad()
+    def restore(self) -> bool:
+        """Whether everything could be put back."""
+        if self.copies is None:
+            return False
+        for parameter, gradient in zip(self.parameters, self.gradients):
+            parameter.grad = gradient
+        for buffer, copy in self.copies:
+            buffer.copy_(copy)
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
+        return True

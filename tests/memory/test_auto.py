@@ -1,0 +1,251 @@
+"""A model that follows the memory plan: when it is planned for, what its layers then do, how it goes down a notch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from pyralis.memory.auto import Device, Planner, chunk_of, follow_plan, forget_plan, planner_of
+from pyralis.memory.calibrate import keep_rates, measure_rates, read_rates
+from pyralis.memory.cost import Batch
+from pyralis.memory.gpus import GpuRates
+from pyralis.memory.plan import fixed_plan
+from pyralis.memory.shape import describe_model
+from pyralis.models.causal_lm import causal_lm_loss
+from pyralis.models.checkpointing import choose_save_policy, save_policy
+from pyralis.models.policy import POLICIES
+from pyralis.models.residency import is_resident
+from pyralis.models.surgery import accelerate, decoder_layers
+from pyralis.ops._triton import Gpu
+from pyralis.train.out_of_memory import retried
+from tests.tiny import build_tiny_model
+
+RATES = GpuRates("pretended", 1 << 34, 1e12, 1e14, 1e10, launch_seconds=0.0)
+IDS = torch.arange(4, 68).view(2, 32)
+
+
+def build(**config: Any) -> Any:
+    model = build_tiny_model(**config)
+    tuned = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+    accelerate(tuned)
+    return tuned.train()
+
+
+def pretended(budget: int) -> Callable[[torch.device], Device]:
+    return lambda device: Device(RATES, budget, 0)
+
+
+def bytes_of(model: Any, tokens: int, policy: Any = "keep") -> int:
+    shape = describe_model(model.get_base_model(), decoder_layers(model), Gpu((8, 0), 2))
+    return fixed_plan(shape, Batch(1, tokens), policy, RATES).memory.reserved
+
+
+def policies(model: Any) -> list[str]:
+    return [save_policy(layer) for layer in decoder_layers(model)]
+
+
+def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return causal_lm_loss(model, {"input_ids": ids}, ids)
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_first_batch_is_planned_for_and_larger_ones_again() -> None:
+    model = build()
+    between = (bytes_of(model, 64) + bytes_of(model, 512)) // 2
+    planner = follow_plan(model.get_base_model(), Planner(look=pretended(between)))
+    assert policies(model) == ["recompute_layer"] * 2  # until it is known what comes
+    loss_of(model).backward()
+    assert (planner.plan.batch.tokens, policies(model)) == (64, ["keep"] * 2)
+    first = planner.plan
+    loss_of(model, IDS[:1]).backward()
+    assert planner.plan is first
+    loss_of(model, IDS.repeat(8, 1)).backward()
+    assert planner.plan.batch.tokens == 512
+    assert policies(model) != ["keep"] * 2
+    assert planner.plan.fits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_every_plan_gives_the_same_gradients(family: str) -> None:
+    model = build(family=family)
+    loss_of(model).backward()
+    expected = gradients(model)
+    low, high = bytes_of(model, 64, "offload_input"), bytes_of(model, 64)
+    seen = set()
+    for share in (0.0, 0.3, 0.6, 1.0):
+        model.zero_grad()
+        follow_plan(model.get_base_model(), Planner(look=pretended(int(low + share * (high - low)) + 1)))
+        loss_of(model).backward()
+        seen.add(tuple(policies(model)))
+        for name, gradient in gradients(model).items():
+            assert torch.equal(gradient, expected[name]), (share, name)
+    assert len(seen) > 1
+
+
+def test_what_is_trained_not_is_not_planned_for() -> None:
+    model = build()
+    planner = follow_plan(model.get_base_model(), Planner(look=pretended(1 << 40)))
+    with torch.no_grad():
+        loss_of(model)
+    model.eval()
+    loss_of(model)
+    assert planner.plan is None
+    assert policies(model) == ["keep"] * 2
+
+
+def test_without_a_gpu_everything_is_kept() -> None:
+    model = build()
+    planner = follow_plan(model.get_base_model())
+    loss_of(model).backward()
+    assert planner.plan is None
+    assert policies(model) == ["keep"] * 2
+
+
+def test_a_choice_by_hand_holds_again_when_the_plan_is_forgotten() -> None:
+    model = build()
+    base = model.get_base_model()
+    choose_save_policy(decoder_layers(model), "recompute_cheap")
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    follow_plan(base, Planner(look=pretended(1 << 40)))
+    loss_of(model).backward()
+    assert policies(model) == ["keep"] * 2
+    assert [is_resident(layer) for layer in decoder_layers(model)] == [False] * 2  # plain weights are not made
+    forget_plan(base)
+    assert policies(model) == ["recompute_cheap"] * 2
+    assert planner_of(base) is None
+
+
+def test_stock_logits_take_their_share() -> None:
+    model = build(vocab_size=4096)
+    budget = bytes_of(model, 64) + 64 * 4096
+    for call, expected in ((lambda: loss_of(model), True), (lambda: model(IDS, labels=IDS).loss, False)):
+        follow_plan(model.get_base_model(), Planner(look=pretended(budget)))
+        call().backward()
+        assert (policies(model) == ["keep"] * 2) is expected
+
+
+def test_a_model_that_runs_stock_says_why_there_is_no_plan() -> None:
+    model = build()
+    planner = follow_plan(model.get_base_model(), Planner(look=pretended(1 << 40)))
+    decoder_layers(model)[1].self_attn.register_forward_hook(lambda *given: None)
+    loss_of(model).backward()
+    assert planner.plan is None
+    assert "layer 1 runs stock" in planner.reason
+    assert policies(model) == ["recompute_layer"] * 2
+
+
+def test_a_copy_follows_a_plan_of_its_own() -> None:
+    model = build()
+    follow_plan(model.get_base_model(), Planner(look=pretended(1 << 40)))
+    twin = copy.deepcopy(model)
+    loss_of(twin).backward()
+    assert planner_of(twin.get_base_model()).plan is not None
+    assert planner_of(model.get_base_model()).plan is None
+
+
+def test_a_small_chunk_of_logits_reaches_the_head() -> None:
+    model = build()
+    planner = follow_plan(model.get_base_model(), Planner(look=pretended(1)))
+    loss_of(model).backward()
+    assert not planner.plan.fits
+    assert chunk_of(model.get_base_model()) == 64 << 20
+
+
+# ---- out of memory ----
+
+
+class Full:
+    """Out of memory in the backward of the first layer, whose gradients come last, while it keeps more than allowed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, allowed: set[str]) -> None:
+        import pyralis.models.block as block
+
+        self.failures = 0
+        whole = block.block_backward
+
+        def backward(c: Any, a: Any, x: Any, layout: Any, flat: Any, dy: Any, policy: Any) -> Any:
+            first = c.state.qkv.stream == 0
+            if first and policy not in allowed:
+                self.failures += 1
+                dy.fill_(torch.nan)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return whole(c, a, x, layout, flat, dy, policy)
+
+        monkeypatch.setattr(block, "block_backward", backward)
+
+
+def micro_steps(model: Any, seed: int) -> None:
+    """Two micro-batches of one step, with dropout."""
+    torch.manual_seed(seed)
+    for part in (IDS[:1], IDS[1:]):
+        retried(model, lambda part=part: loss_of(model, part).backward())
+
+
+@pytest.mark.parametrize("allowed", [{"recompute_cheap"}, {"recompute_layer", "offload_input"}])
+def test_a_micro_batch_that_does_not_fit_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, allowed: set[str]
+) -> None:
+    model = build()
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.2)
+    expected_model = copy.deepcopy(model)
+    micro_steps(expected_model, 3)
+    base = model.get_base_model()
+    planner = follow_plan(base, Planner(look=pretended(1 << 40)))
+    torch.manual_seed(3)
+    loss_of(model, IDS[:1]).backward()  # fits; the second micro-batch does not
+    full = Full(monkeypatch, allowed)
+    with caplog.at_level("WARNING"):
+        retried(model, lambda: loss_of(model, IDS[1:]).backward())
+    assert full.failures >= 1
+    assert len(caplog.records) == full.failures
+    assert caplog.records[0].message.startswith("Out of memory with ")
+    assert policies(model)[0] in allowed
+    assert planner.plan.fits
+    for name, gradient in gradients(expected_model).items():
+        assert torch.equal(dict(model.named_parameters())[name].grad, gradient), name
+
+
+def test_what_cannot_go_down_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    planner = follow_plan(model.get_base_model(), Planner(look=pretended(1 << 40)))
+    full = Full(monkeypatch, set())
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        retried(model, lambda: loss_of(model).backward())
+    assert 2 <= full.failures < 30
+    assert POLICIES[-1] in planner.plan.policies
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_choice_by_hand_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    full = Full(monkeypatch, {"recompute_layer"})
+    with pytest.raises(torch.OutOfMemoryError):
+        retried(model, lambda: loss_of(model).backward())
+    assert full.failures == 1
+
+
+# ---- calibration ----
+
+
+def test_rates_are_measured_and_kept(tmp_path: Any) -> None:
+    rates = measure_rates(torch.device("cpu"), scale=1e-3)
+    assert rates.measured
+    assert min(rates.copy_bytes_per_s, rates.matmul_flops_per_s, rates.launch_seconds) > 0
+    path = tmp_path / "gpus" / "one.json"
+    assert read_rates(path) is None
+    keep_rates(path, rates)
+    assert read_rates(path) == rates
+    path.write_text("{}")
+    assert read_rates(path) is None
+    keep_rates(path / "in a file", replace(rates, name="x"))  # no reason to stop
