@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from pyralis.models import unpadding
@@ -230,6 +231,15 @@ class TestWherePaddingIsComputed:
 
     def test_hooks_that_could_tell(self) -> None:
         self.model.model.embed_tokens.register_forward_hook(lambda module, args, output: output)
+        self.check()
+
+    def test_hooks_inside_trained_embeddings(self) -> None:
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        self.model = get_peft_model(self.model, config)
+        wrapper = self.model.get_input_embeddings()
+        self.model(**self.inputs, use_cache=False)
+        assert self.seen.take() == {(1, REAL)}
+        wrapper.modules_to_save["default"].register_forward_hook(lambda module, args, output: output)
         self.check()
 
     def test_hooks_of_a_layer(self) -> None:

@@ -52,8 +52,11 @@ def find_real_tokens(backbone: Any, arguments: Mapping[str, Any], layout: Attent
 
 def can_be_removed(backbone: Any, layout: AttentionLayout, device: torch.device) -> bool:
     """Whether nothing in a decoder would notice that the padding is gone, and its attention takes any lengths."""
-    modules = (module for module in backbone._modules.values() if module is not None and module is not backbone.layers)
-    if any(_sees_shapes(module) for module in (*modules, *backbone.layers)):
+    outside = (child for child in backbone.children() if child is not backbone.layers)
+    # Hooks inside a layer have it run stock.
+    if any(_sees_shapes(module) for child in outside for module in child.modules()):
+        return False
+    if any(_sees_shapes(layer) for layer in backbone.layers):
         return False
     embeddings = backbone.get_input_embeddings().weight
     if any(next(layer.parameters()).device != device for layer in (backbone.layers[0], backbone.layers[-1])):
