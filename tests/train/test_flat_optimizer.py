@@ -67,14 +67,13 @@ CASES: dict[str, tuple[Any, Any]] = {
     "amsgrad": (lora_model, partial(torch.optim.AdamW, amsgrad=True)),
     "Adam": (lora_model, torch.optim.Adam),
     "SGD": (lora_model, torch.optim.SGD),
-    "bfloat16": (lambda: half(lora_model()), torch.optim.AdamW),
+    "several dtypes": (lambda: half(lora_model()), torch.optim.AdamW),
     "full": (build_tiny_model, torch.optim.AdamW),
     "bias": (lambda: get_peft_model(build_tiny_model("qwen2"), LoraConfig(bias="all")), torch.optim.AdamW),
     "prompt tuning": (
         lambda: get_peft_model(build_tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
         torch.optim.AdamW,
     ),
-    "8 bit embeddings": (with_embeddings, bitsandbytes.optim.AdamW8bit),
 }
 
 
@@ -86,10 +85,35 @@ def test_others_stay(name: str) -> None:
     assert flat_optimizer(made, model, 1.0, gpu_only=False) is made
 
 
-def test_embeddings_of_32_bits_are_taken() -> None:
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, bitsandbytes.optim.AdamW8bit])
+def test_embeddings_keep_32_bits(optimizer: Any) -> None:
     model = with_embeddings()
-    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    assert isinstance(flat_optimizer(made, model, 1.0, gpu_only=False), FlatAdamW)
+    made = optimizer([p for p in model.parameters() if p.requires_grad])
+    flat = flat_optimizer(made, model, 1.0, gpu_only=False)
+    assert isinstance(flat, FlatAdamW)
+    embedding = model.get_input_embeddings().modules_to_save["default"].weight
+    state = flat.state[embedding]
+    assert state["exp_avg" if optimizer is torch.optim.AdamW else "state1"].dtype == torch.float32
+
+
+def test_whole_models_in_bfloat16_are_taken_anywhere() -> None:
+    """In the order of the fused layers' products, which then lie where they did: in one buffer of all weights."""
+    model = build_tiny_model().bfloat16()
+    accelerate(model)
+    made = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    assert flat_optimizer(made, model, 1.0, rounding="nearest") is made
+    flat = flat_optimizer(made, model, 1.0)
+    assert flat.state[model.lm_head.weight]["low_bits"].dtype == torch.int16
+    layer = model.model.layers[1]
+    attention = layer.self_attn
+    k = attention.k_proj.weight
+    assert attention.q_proj.weight.data_ptr() + 2 * attention.q_proj.weight.numel() == k.data_ptr()
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
+    assert report(model).fast_layers == 2
+    ids = torch.arange(4, 20)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    views = {id(p): view for p, view in zip(flat.parameters, flat.grad_views)}
+    assert k.grad.data_ptr() == views[id(k)].data_ptr()
 
 
 @pytest.mark.parametrize("fast", [False, True])

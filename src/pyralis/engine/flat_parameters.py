@@ -6,7 +6,7 @@ lies between the end of a parameter and the next multiple of 256 is padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,18 @@ def locate(parameters: Sequence[Tensor]) -> FlatLayout:
     n = min(-(-end // BLOCK) * BLOCK, room)  # whole blocks where there is padding: wider accesses
     values = parameters[0].detach().new_empty(0).set_(storage, first, (n,), (1,))
     return FlatLayout(values, offsets, tuple(p.numel() for p in parameters))
+
+
+def to_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name, each in memory of its own on the host; what was one and the same tensor is so there."""
+    copies: dict[tuple[object, ...], Tensor] = {}
+    found = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+        found[name] = copies[place]
+    return found
 
 
 def _check_alike(parameters: Sequence[Tensor]) -> None:

@@ -7,7 +7,7 @@ Checkpoints keep the layouts others read: `torch.optim.AdamW`'s with 32-bit stat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal
 
 import torch
@@ -15,21 +15,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyralis.engine.flat_parameters import locate
-from pyralis.engine.optimizer_state import read_moments, unwrapped
+from pyralis.engine.optimizer_state import load_moments, moments_of, new_moments, unwrapped
 from pyralis.errors import ConfigError, ModelError
 from pyralis.ops.adamw import Groups, State32bit, adamw_step
-from pyralis.ops.adamw_8bit import BLOCK, State8bit
 from pyralis.ops.grad_norm import StepScalars, begin_step
 
-Rounding = Literal["nearest", "stochastic", "kahan"]
+Rounding = Literal["nearest", "stochastic", "split"]
 
 
 class FlatAdamW(Optimizer):
     """AdamW (decoupled weight decay) over one flat buffer, see `flatten_parameters`.
 
-    bits: 32 or 8 for the states; parameters below `min_8bit_size` elements keep 32. max_norm: clip the gradient of all
-    parameters to this norm. rounding: of bfloat16 parameters, see `pyralis.ops.adamw`. compute_copy: [n], refreshed
-    with the parameters in its own dtype.
+    bits: 32 or 8 for the states; parameters below `min_8bit_size` elements, and those of `in_32_bits`, keep 32. paged:
+    states in managed memory (`engine/paged.py`). max_norm: clip the gradient of all parameters to this norm. rounding:
+    of bfloat16 parameters, see `pyralis.ops.adamw`; stochastic bits come from `seed`, the step and the element's place.
+    compute_copy: [n], refreshed with the parameters in its own dtype.
 
     A step whose gradient is not finite changes nothing and is not counted. `grads` [n] is read: a `p.grad` that is not
     a view of it is copied there. A parameter without a gradient is left alone, as by torch, but all count one step.
@@ -48,6 +48,8 @@ class FlatAdamW(Optimizer):
         *,
         bits: int = 32,
         min_8bit_size: int = 4096,
+        in_32_bits: Collection[Tensor] = (),
+        paged: bool = False,
         max_norm: float | None = None,
         rounding: Rounding = "nearest",
         seed: int = 0,
@@ -64,27 +66,28 @@ class FlatAdamW(Optimizer):
         if compute_copy is not None and compute_copy.shape != (n,):
             raise ModelError(f"the compute copy has shape {list(compute_copy.shape)}, expected [{n}] as the buffer")
         self.max_norm, self.compute_copy = max_norm, compute_copy
-        self.grads = torch.zeros_like(layout.values)
-        self.grad_views = [self.grads[layout.part(i)].view(p.shape) for i, p in enumerate(self.parameters)]
+        self.grads, self.grad_views = self._place_gradients()
         self._places = [p.data_ptr() for p in self.parameters]
         self.scalars = StepScalars.new(device)
-        self.moments: State32bit | State8bit
-        if bits == 8:
-            wide = torch.zeros(layout.blocks, dtype=torch.bool)
-            for i, size in enumerate(layout.sizes):
-                wide[layout.block_part(i)] = size < min_8bit_size
-            self.moments = State8bit.zeros(n, device, wide)
-        else:
-            self.moments = State32bit.zeros(n, device)
+        kept = {id(p) for p in in_32_bits}
+        wide = [i for i, p in enumerate(self.parameters) if p.numel() < min_8bit_size or id(p) in kept]
+        self.moments = new_moments(layout, bits, wide, paged=paged)
         self._seed = torch.tensor([seed], dtype=torch.int64, device=device) if rounding == "stochastic" else None
-        self._compensation = torch.zeros_like(layout.values) if rounding == "kahan" else None
+        split = rounding == "split"
+        self._low_bits = torch.zeros(n, dtype=torch.int16, device=device) if split else None
         self._rates: list[list[float]] = []
         self._absent: frozenset[int] = frozenset()
         count = len(self.param_groups)
         index = self._group_index().to(device)
         self._groups = Groups(torch.zeros(count, device=device), torch.zeros(count, device=device), index)
         self.sync_groups()
-        self._bind_state()
+        for i, p in enumerate(self.parameters):
+            self.state[p] = self._state_of(i)
+
+    def _place_gradients(self) -> tuple[Tensor, list[Tensor]]:
+        """(a buffer for gradients, the view in it of each parameter's)."""
+        grads = torch.zeros_like(self.layout.values)
+        return grads, [grads[self.layout.part(i)].view(p.shape) for i, p in enumerate(self.parameters)]
 
     @property
     def grad_norm(self) -> Tensor:
@@ -117,29 +120,43 @@ class FlatAdamW(Optimizer):
 
         Raises ModelError if a parameter has left the flat buffer: its updates would be lost.
         """
+        absent = self._bring(range(len(self.parameters)))
+        if len(absent) == len(self.parameters):
+            return False
+        if absent != self._absent:
+            for i in absent:
+                self.grad_views[i].zero_()
+            self._leave_alone(absent)
+        return True
+
+    def _bring(self, parameters: Iterable[int]) -> frozenset[int]:
+        """Copy the gradients of these parameters that lie elsewhere; returns which parameters have none."""
         targets, sources, absent = [], [], []
-        for i, (p, view) in enumerate(zip(self.parameters, self.grad_views)):
-            if p.data_ptr() != self._places[i]:
-                raise ModelError(
-                    f"parameter {i} of shape {list(p.shape)} was moved out of the optimizer's flat buffer (by .to(), "
-                    ".half() or `.data =`) after the optimizer was made; make the optimizer again"
-                )
+        for i in parameters:
+            self._check_place(i)
+            p, view = self.parameters[i], self.grad_views[i]
             if p.grad is None:
                 absent.append(i)
             elif p.grad.data_ptr() != view.data_ptr():
                 targets.append(view)
                 sources.append(p.grad)
-        if len(absent) == len(self.parameters):
-            return False
         if targets:
             torch._foreach_copy_(targets, sources)
-        if frozenset(absent) != self._absent:
-            self._absent = frozenset(absent)
-            for i in absent:
-                self.grad_views[i].zero_()
-            assert self._groups.index is not None
-            self._groups.index.copy_(self._group_index())
-        return True
+        return frozenset(absent)
+
+    def _check_place(self, i: int) -> None:
+        p = self.parameters[i]
+        if p.data_ptr() != self._places[i]:
+            raise ModelError(
+                f"parameter {i} of shape {list(p.shape)} was moved out of the optimizer's flat buffer (by .to(), "
+                ".half() or `.data =`) after the optimizer was made; make the optimizer again"
+            )
+
+    def _leave_alone(self, absent: frozenset[int]) -> None:
+        """Update all parameters but these from now on."""
+        self._absent = absent
+        assert self._groups.index is not None
+        self._groups.index.copy_(self._group_index())
 
     def sync_groups(self) -> None:
         """Send learning rates and weight decays to the device if they changed since the last time."""
@@ -159,7 +176,7 @@ class FlatAdamW(Optimizer):
         )  # fmt: skip
         adamw_step(
             self.layout.values, self.grads, self.moments, self.scalars, self._groups, beta1=beta1, beta2=beta2, eps=eps,
-            compute_copy=self.compute_copy, seed=self._seed, compensation=self._compensation,
+            compute_copy=self.compute_copy, seed=self._seed, low_bits=self._low_bits,
         )  # fmt: skip
 
     def _settings(self) -> tuple[tuple[float, float], float]:
@@ -181,39 +198,23 @@ class FlatAdamW(Optimizer):
                 i += 1
         return index
 
-    def _bind_state(self) -> None:
-        for i, p in enumerate(self.parameters):
-            self.state[p] = self._state_of(i)
-
     def _state_of(self, i: int) -> dict[str, Any]:
-        """Views of parameter i's states, under the names of torch's AdamW or of bitsandbytes'."""
-        part, blocks, shape = self.layout.part(i), self.layout.block_part(i), self.parameters[i].shape
-        state: dict[str, Any] = {"step": self.scalars.step}
-        if self._compensation is not None:
-            state["compensation"] = self._compensation[part].view(shape)
-        moments = self.moments
-        if isinstance(moments, State32bit):
-            return {**state, "exp_avg": moments.m[part].view(shape), "exp_avg_sq": moments.v[part].view(shape)}
-        slot = -1 if moments.slots is None else int(moments.slots[blocks.start])
-        if slot >= 0:
-            assert moments.m is not None
-            assert moments.v is not None
-            kept = slice(slot * BLOCK, slot * BLOCK + self.layout.sizes[i])
-            return {**state, "state1": moments.m[kept].view(shape), "state2": moments.v[kept].view(shape)}
-        return {
-            **state,
-            "state1": moments.m_codes[part].view(shape), "state2": moments.v_codes[part].view(shape),
-            "absmax1": moments.m_scale[blocks], "absmax2": moments.v_scale[blocks],
-            "qmap1": moments.tables[:256], "qmap2": moments.tables[256:512],
-        }  # fmt: skip
+        """Views of parameter i's states, and what counts its steps."""
+        shape = self.parameters[i].shape
+        state: dict[str, Any] = {"step": self._scalars_of(i).step}
+        if self._low_bits is not None:
+            state["low_bits"] = self._low_bits[self.layout.part(i)].view(shape)
+        return {**state, **moments_of(self.moments, self.layout, i, shape)}
+
+    def _scalars_of(self, i: int) -> StepScalars:
+        return self.scalars
 
     def state_dict(self) -> dict[str, Any]:
         """In the layout of torch's AdamW (`exp_avg`, ...); with 8 bits, of bitsandbytes' (`state1`, `absmax1`, ...)."""
         saved = super().state_dict()
-        steps = int(self.scalars.step)
         as_torch = isinstance(self.moments, State32bit)  # which counts in place: a tensor for each parameter
         saved["state"] = {
-            i: {**state, "step": torch.tensor(float(steps)) if as_torch else steps}
+            i: {**state, "step": torch.tensor(float(state["step"])) if as_torch else int(state["step"])}
             for i, state in saved["state"].items()
         }
         return saved
@@ -230,30 +231,21 @@ class FlatAdamW(Optimizer):
             raise ModelError(f"the optimizer's checkpoint has groups of {theirs} parameters; this run has {ours}")
         keys = [key for group in saved_groups for key in group["params"]]
         states = [unwrapped(state_dict["state"].get(key, {})) for key in keys]
-        steps = {int(state["step"]) for state in states if state}
-        if len(steps) > 1:
-            raise ConfigError(
-                f"parameters in the checkpoint have taken {sorted(steps)} steps; FlatAdamW counts one step for all"
-            )
-        n, device = self.layout.values.numel(), self.layout.values.device
-        m, v = (torch.zeros(n, device=device) for _ in range(2))
-        exact = torch.zeros(self.layout.blocks, dtype=torch.bool, device=device)  # taken over code by code
-        for i, state in enumerate(states):
-            part, current = self.layout.part(i), self.state[self.parameters[i]]
-            if not state:
-                continue
-            if state["exp_avg" if "exp_avg" in state else "state1"].numel() != self.layout.sizes[i]:
-                raise ModelError(f"parameter {i} has {self.layout.sizes[i]} elements, but not in the checkpoint")
-            if "absmax1" in state and "absmax1" in current:
-                for name in ("state1", "state2", "absmax1", "absmax2"):
-                    current[name].copy_(state[name].view(current[name].shape))
-                exact[self.layout.block_part(i)] = True
-            else:
-                m[part], v[part] = read_moments(state, device)
-            if "compensation" in state and "compensation" in current:
-                current["compensation"].copy_(state["compensation"])
-        self.moments.store(m, v, exact)
-        self.scalars.step.fill_(steps.pop() if steps else 0)
+        self._count_from([int(state["step"]) if state else None for state in states])
+        load_moments(self.moments, self.layout, [self.state[p] for p in self.parameters], states)
         for group, saved in zip(self.param_groups, saved_groups):
             group.update({key: value for key, value in saved.items() if key != "params"})
         self.sync_groups()
+
+    def _count_from(self, steps: list[int | None]) -> None:
+        """Go on from the steps that the parameters have taken; None for those without a state."""
+        set_step(self.scalars, {step for step in steps if step is not None})
+
+
+def set_step(scalars: StepScalars, steps: set[int]) -> None:
+    """Raises ConfigError if there are several."""
+    if len(steps) > 1:
+        raise ConfigError(
+            f"parameters in the checkpoint have taken {sorted(steps)} steps; one step is counted for all of them here"
+        )
+    scalars.step.fill_(steps.pop() if steps else 0)

@@ -165,5 +165,6 @@ class _FusedLayer(torch.autograd.Function):
                 context, activations, x.reshape(-1, H), call.layout, call.flat,
                 _rows(grad), call.policy,
             )  # fmt: skip
+            call.flat.finish(context.state.parameters)
         wanted = dx.view(ctx.shape) if ctx.needs_input_grad[0] else None
         return wanted, None, *(None for _ in ctx.needs_input_grad[2:])

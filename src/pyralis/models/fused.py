@@ -66,7 +66,7 @@ class FusedBlock:
             problems = model.look(autocast)
         handles: list[Handle | Reason] = []
         for weights, problem in zip(model.layers, problems):
-            reason = Reason(problem) if problem is not None else _unserved(weights.state, autocast)
+            reason = Reason(problem) if problem is not None else _unserved(weights.state, autocast, model.take)
             handles.append(Handle(weights, model, kept.store, None) if reason is None else reason)
         return Prepared(handles, kept)
 
@@ -110,28 +110,23 @@ def _autocast_dtype(layer: nn.Module) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _unserved(state: LayerState, autocast: torch.dtype | None) -> Reason | None:
+def _unserved(state: LayerState, autocast: torch.dtype | None, take: Any) -> Reason | None:
     """Why a layer whose weights are laid out cannot be served in this call."""
     if autocast is not None and autocast != state.dtype:
         return Reason(f"autocast to {_name(autocast)} over 4-bit weights that compute in {_name(state.dtype)}")
     norms = {weight.dtype for weight, _ in state.norms.values()}
     if autocast is None and norms != {state.dtype}:
         return Reason(f"norms in {', '.join(sorted(map(_name, norms)))} between layers in {_name(state.dtype)}")
-    if state.device.type == "cuda" and state.dtype != torch.float32 and _trains_base(state):
-        # On one H100 such gradients were NaN in six cases and a curve, beside other processes and not alone.
-        return Reason("base weights trained in half precision are not yet proven on a GPU")
     for parameter in state.parameters:
-        if _hooked(parameter):
+        if _hooked(parameter, take):
             return Reason("a trained parameter has hooks on its gradient, which would not be called")
     return None
 
 
-def _trains_base(state: LayerState) -> bool:
-    return any(weight is not None for group in state.groups for weight in group.trained.weights)
-
-
-def _hooked(parameter: Any) -> bool:
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+def _hooked(parameter: Any, take: Any) -> bool:
+    """take: of `FlatGradients`, which is called in any case."""
+    after = parameter._post_accumulate_grad_hooks
+    return bool(parameter._backward_hooks) or (bool(after) and any(hook != take for hook in after.values()))
 
 
 def _name(dtype: torch.dtype) -> str:

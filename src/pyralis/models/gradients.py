@@ -8,7 +8,7 @@ returns None for its parameters has them ready by the time autograd's hooks on t
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,10 +25,17 @@ class FlatGradients:
     """Views of flat buffers, one buffer per dtype and device, for parameters in a given order.
 
     views: those of another's buffer (a flat optimizer's), which then needs no copies; by default new ones.
+    take: told of each parameter whose gradient is final, as the hooks that autograd calls are; it may use the gradient
+    up. A parameter whose one hook it is needs no autograd.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], views: Sequence[Tensor] | None = None) -> None:
-        self.parameters = tuple(parameters)
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        views: Sequence[Tensor] | None = None,
+        take: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.parameters, self.take = tuple(parameters), take
         self._views = dict(zip(map(id, self.parameters), _new_views(self.parameters) if views is None else views))
 
     def target(self, parameter: nn.Parameter) -> tuple[Tensor, bool]:
@@ -48,6 +55,12 @@ class FlatGradients:
         view = self._views.get(id(parameter))
         fits = view is not None and view.dtype == parameter.dtype and view.device == parameter.device
         return view if fits else None
+
+    def finish(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The gradients of these parameters are final."""
+        if self.take is not None:
+            for parameter in parameters:
+                self.take(parameter)
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         grad, add = self.target(parameter)

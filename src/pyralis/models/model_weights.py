@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,9 +56,14 @@ class ModelWeights:
             self._gradients = FlatGradients(self.parameters)
         return self._gradients
 
-    def use_gradients(self, gradients: FlatGradients) -> None:
-        """Write into another's flat buffer from now on, such as a flat optimizer's."""
-        self._gradients, self._given = gradients, True
+    @property
+    def take(self) -> Callable[[Tensor], None] | None:
+        """Of `FlatGradients`."""
+        return None if self._gradients is None else self._gradients.take
+
+    def use_gradients(self, gradients: FlatGradients | None) -> None:
+        """Write into another's flat buffer from now on, such as a flat optimizer's; None: into one of its own."""
+        self._gradients, self._given = gradients, gradients is not None
 
     def before_replay(self) -> None:
         """What a recorded step takes as given has to be there."""
@@ -104,11 +109,6 @@ class ModelWeights:
                 self._gradients = None
         return reasons
 
-    def _draw(self) -> None:
-        if not any(layer.served and layer.state.has_dropout for layer in self.layers):
-            self.rng = None
-            return
-        if self._counter is None:
     def copy(self) -> None:
         """The second half, on the device: the copies that the layers compute with."""
         targets: list[Tensor] = []
@@ -121,6 +121,11 @@ class ModelWeights:
                 torch._foreach_copy_(targets, sources)
             self._draw()
 
+    def _draw(self) -> None:
+        if not any(layer.served and layer.state.has_dropout for layer in self.layers):
+            self.rng = None
+            return
+        if self._counter is None:
             device = next(layer.state.device for layer in self.layers if layer.served)
             self._counter = new_rng(self.seed, device)
         self.rng = self._counter.clone()

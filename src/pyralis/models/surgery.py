@@ -21,11 +21,12 @@ from pyralis.models.detect import Reason, detect_layer, family_of
 from pyralis.models.families import FAMILIES
 from pyralis.models.fast_path import backbone_forward, backbone_state, layer_forward, prepare_layers
 from pyralis.models.layer_state import hooked_module, layer_state
+from pyralis.models.model_weights import ModelWeights
 from pyralis.models.swap import FAST_STATE, STOCK_CLASS, fast_modules, is_fast, restore_module, stock_class, swap
 
 __all__ = [
     "PROVEN", "STOCK_CLASS", "Acceleration", "AccelerationReport", "LayerReport", "accelerate", "decoder_backbone",
-    "decoder_layers", "report", "restore",
+    "decoder_layers", "fused_weights", "report", "restore",
 ]  # fmt: skip
 
 Acceleration: TypeAlias = Literal["auto", "on", "off"]
@@ -110,6 +111,17 @@ def restore(model: nn.Module) -> int:
         if kept is not None and fast_path.block is not None:
             fast_path.block.release(kept)
     return sum([restore_module(module) for module in list(fast_modules(model))])
+
+
+def fused_weights(model: nn.Module) -> ModelWeights | None:
+    """The weights of the model's fused layers, laid out as they are now; None if none of its layers is fast."""
+    backbone = decoder_backbone(model)
+    if backbone is None or not is_fast(backbone):
+        return None
+    state = backbone_state(backbone)
+    prepare_layers(backbone, state)
+    weights: ModelWeights | None = getattr(state.kept, "weights", None)
+    return weights
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

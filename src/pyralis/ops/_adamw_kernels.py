@@ -10,11 +10,11 @@ from pyralis.ops.adamw_8bit import BLOCK, SIGNED, UNSIGNED, nearest_codes
 _BLOCK = tl.constexpr(BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def adamw_kernel(
     parameters, grads, m_state, v_state, m_scale, v_scale, tables, slots, m_wide, v_wide,
-    group_lr, group_decay, group_index, scalars, step, compute_copy, seed, compensation,
-    n, one_minus_beta1, beta2, one_minus_beta2, eps, EIGHT_BIT: tl.constexpr, ROWS: tl.constexpr,
+    group_lr, group_decay, group_index, scalars, step, compute_copy, seed, low_bits,
+    n, first_block, one_minus_beta1, beta2, one_minus_beta2, eps, EIGHT_BIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
@@ -36,8 +36,9 @@ def adamw_kernel(
     else:
         m = tl.load(m_state + at, mask=inside, other=0.0)
         v = tl.load(v_state + at, mask=inside, other=0.0)
-    if compensation is not None:
-        p += tl.load(compensation + at, mask=inside, other=0.0).to(tl.float32)
+    if low_bits is not None:
+        low = tl.load(low_bits + at, mask=inside, other=0).to(tl.int32)
+        p = (p.to(tl.int32, bitcast=True) + low).to(tl.float32, bitcast=True)
 
     # Only the stores wait for the skip flag.
     row_live = row_inside & (tl.zeros([ROWS], tl.float32) + tl.load(scalars + 2) == 0.0)
@@ -62,15 +63,18 @@ def adamw_kernel(
     p = p * decay - tl.div_rn(size * m, denominator)
 
     if seed is not None:
-        halves = random_halves_of(tl.load(seed), tl.load(step), block, ROWS, _BLOCK)
+        halves = random_halves_of(tl.load(seed), tl.load(step), block + first_block, ROWS, _BLOCK)
         rounded = ((p.to(tl.uint32, bitcast=True) + halves) & 0xFFFF0000).to(tl.float32, bitcast=True)
         rounded = tl.where(tl.abs(p) < float("inf"), rounded, p)
+    elif low_bits is not None:
+        finite = tl.abs(p) < float("inf")
+        bits = tl.where(finite, p, 0.0).to(tl.int32, bitcast=True)
+        upper = (bits + 0x8000) & -65536
+        rounded = tl.where(finite, upper.to(tl.float32, bitcast=True), p)
+        tl.store(low_bits + at, (bits - upper).to(tl.int16), mask=live)
     else:
         rounded = p
     store_as(parameters + at, rounded, live)
-    if compensation is not None:
-        rounded = round_to(p, parameters.dtype.element_ty)
-        store_as(compensation + at, p - rounded, live)
     if compute_copy is not None:
         rounded = round_to(rounded, parameters.dtype.element_ty)
         store_as(compute_copy + at, rounded, live)

@@ -21,9 +21,12 @@ _ROUNDS = tl.constexpr(ROUNDS)
 _LOW = 0xFFFFFFFF
 
 
-def random_halves(seed: Tensor, draw: Tensor, n: int) -> Tensor:
-    """[n] int32 in [0, 2^16): the bits of elements 0 to n. seed, draw: integer tensors of one element."""
-    block = torch.arange(cdiv(n, 8), dtype=torch.int64, device=seed.device)
+def random_halves(seed: Tensor, draw: Tensor, n: int, first: int = 0) -> Tensor:
+    """[n] int32 in [0, 2^16): the bits of elements first to first + n, first a multiple of 8.
+
+    seed, draw: integer tensors of one element.
+    """
+    block = torch.arange(first // 8, first // 8 + cdiv(n, 8), dtype=torch.int64, device=seed.device)
     seed, draw = seed.reshape(()).long(), draw.reshape(()).long() & _LOW
     counter = (block & _LOW, block >> 32, draw.expand_as(block), torch.zeros_like(block))
     return halves_of(seed, counter).flatten()[:n].int()

@@ -7,16 +7,18 @@
 
 in float32 and in this order, as `torch.optim.AdamW` does, without contracting a * b + c into one rounding. States are
 float32 or in 8 bits (`adamw_8bit`). What changes from step to step comes from device tensors, so that a captured graph
-sees it: learning rates, weight decays, the step, the skip flag. Parameters in bfloat16 are rounded to nearest, or
-stochastically (unbiased; bits from the seed, the step and the element), or carry what rounding lost in a second
-bfloat16 buffer (Kahan).
+sees it: learning rates, weight decays, the step, the skip flag. Parameters in bfloat16 are rounded to nearest, which
+loses updates below 0.2 % of a weight; or stochastically (unbiased; bits from the seed, the step and the element); or
+they are the upper halves of float32 ones whose lower 16 bits are kept beside them: then nothing is lost.
 
 Shapes: n elements, B = ceil(n / 256) blocks, G parameter groups. A block belongs to one group.
-Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
+Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019); split weights: Kalamkar et al., Optimizing
+Deep Learning Recommender Systems Training on CPU Cluster Architectures (2020).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +37,13 @@ class State32bit:
     v: Tensor  # [n] float32: mean of their squares
 
     @classmethod
-    def zeros(cls, n: int, device: torch.device | str) -> State32bit:
-        return cls(torch.zeros(n, device=device), torch.zeros(n, device=device))
+    def zeros(cls, n: int, device: torch.device | str, *, allocate: Callable[..., Tensor] = torch.zeros) -> State32bit:
+        """allocate: what `torch.zeros` is called for: (n, dtype=..., device=...)."""
+        return cls(*(allocate(n, dtype=torch.float32, device=device) for _ in range(2)))
+
+    def part(self, elements: slice, blocks: slice) -> State32bit:
+        """Views of these elements, which are those of these blocks."""
+        return State32bit(self.m[elements], self.v[elements])
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """(m, v), both [n] float32."""
@@ -96,20 +103,24 @@ def adamw_step(
     eps: float,
     compute_copy: Tensor | None = None,
     seed: Tensor | None = None,
-    compensation: Tensor | None = None,
+    low_bits: Tensor | None = None,
+    first_block: int = 0,
 ) -> None:
     """Update params [n] and state in place, after `begin_step` has written `scalars`.
 
     params, grads: flat, float32, float16 or bfloat16 each. compute_copy: [n], overwritten with the new parameters in
     its own dtype. For bfloat16 parameters, one of: seed, [1] int64 on the device, for stochastic rounding;
-    compensation, [n] bfloat16, zero at first, which holds what rounding lost. Under `scalars.skip` nothing changes.
+    low_bits, [n] int16, zero at first (`split`). Under `scalars.skip` nothing changes.
+    first_block: which block of a larger buffer params begin with: the bits of stochastic rounding are those of the
+    elements there, however the buffer is cut.
     """
     n = params.numel()
     assert grads.numel() == n, f"{grads.numel()} gradients for {n} parameters"
-    assert seed is None or compensation is None, "stochastic rounding or Kahan, not both"
-    assert (seed is None and compensation is None) or params.dtype == torch.bfloat16, "only bfloat16 loses that much"
-    options = (scalars, groups, beta1, beta2, eps, compute_copy, seed, compensation)
-    if supported(params, grads, compute_copy, compensation) is not None:
+    assert seed is None or low_bits is None, "stochastic rounding or split weights, not both"
+    assert (seed is None and low_bits is None) or params.dtype == torch.bfloat16, "only bfloat16 loses that much"
+    options = (scalars, groups, beta1, beta2, eps, compute_copy, seed, low_bits, first_block)
+    assert low_bits is None or low_bits.is_contiguous(), "the lower bits are a flat buffer"
+    if supported(params, grads, compute_copy) is not None:
         _step_by_reference(params, grads, state, *options)
         return
     eight = isinstance(state, State8bit)
@@ -131,7 +142,7 @@ def adamw_step(
     launch(
         adamw_kernel, (cdiv(n, plan.rows * BLOCK),),
         params, grads, *states, groups.lr, groups.weight_decay, groups.index, scalars.values, scalars.step,
-        compute_copy, seed, compensation, n, 1 - beta1, beta2, 1 - beta2, eps,
+        compute_copy, seed, low_bits, n, first_block, 1 - beta1, beta2, 1 - beta2, eps,
         device=params.device, num_warps=plan.num_warps, fp_fusion=False, EIGHT_BIT=eight, ROWS=plan.rows,
     )  # fmt: skip
 
@@ -153,6 +164,23 @@ def round_stochastically(x: Tensor, halves: Tensor) -> Tensor:
     return torch.where(x.isfinite(), bits, x).to(torch.bfloat16)
 
 
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 x [n] -> (the nearest bfloat16, what has to be added to its bits as a float32 to have x's: int16).
+
+    Half way between two bfloat16 the larger magnitude is taken: the difference is in [-2^15, 2^15).
+    """
+    finite = x.isfinite()
+    bits = torch.where(finite, x, 0.0).view(torch.int32)
+    upper = (bits + 0x8000) & -65536
+    rounded = torch.where(finite, upper.view(torch.float32), x).to(torch.bfloat16)
+    return rounded, (bits - upper).to(torch.int16)
+
+
+def joined(upper: Tensor, low_bits: Tensor) -> Tensor:
+    """The float32 numbers that were split."""
+    return (upper.float().view(torch.int32) + low_bits).view(torch.float32)
+
+
 def _by_element(x: Tensor, n: int) -> Tensor:
     """[B] -> [n]"""
     return x.repeat_interleave(BLOCK)[:n]
@@ -169,7 +197,8 @@ def _step_by_reference(
     eps: float,
     compute_copy: Tensor | None,
     seed: Tensor | None,
-    compensation: Tensor | None,
+    low_bits: Tensor | None,
+    first_block: int,
 ) -> None:
     n, wide = params.numel(), at_least_float32(params.dtype)
     lr, decay = groups.lr[0], groups.weight_decay[0]
@@ -178,9 +207,7 @@ def _step_by_reference(
         keep = keep | (groups.index < 0)
         index = groups.index.clamp(min=0)
         lr, decay = _by_element(groups.lr[index], n), _by_element(groups.weight_decay[index], n)
-    p = params.to(wide)
-    if compensation is not None:
-        p = p + compensation
+    p = params.to(wide) if low_bits is None else joined(params, low_bits)
     p, m, v = reference(
         p, grads.to(wide) * scalars.factor, *state.moments(), lr=lr, weight_decay=decay,
         correction1=scalars.correction1, root_correction2=scalars.root_correction2, beta1=beta1, beta2=beta2, eps=eps,
@@ -188,10 +215,13 @@ def _step_by_reference(
     state.store(m, v, keep)
     keep = _by_element(keep, n)
     if seed is not None:
-        params.copy_(torch.where(keep, params, round_stochastically(p, random_halves(seed, scalars.step, n))))
+        halves = random_halves(seed, scalars.step, n, first_block * BLOCK)
+        params.copy_(torch.where(keep, params, round_stochastically(p, halves)))
+    elif low_bits is not None:
+        upper, lower = split(p)
+        params.copy_(torch.where(keep, params, upper))
+        low_bits.copy_(torch.where(keep, low_bits, lower))
     else:
         params.copy_(torch.where(keep, params, p.to(params.dtype)))
-    if compensation is not None:
-        compensation.copy_(torch.where(keep, compensation, (p - params).to(compensation.dtype)))
     if compute_copy is not None:
         compute_copy.copy_(torch.where(keep, compute_copy, params.to(compute_copy.dtype)))

@@ -20,6 +20,7 @@ Quantization (2022).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -30,6 +31,7 @@ from pyralis.ops._triton import cdiv, tl, triton
 
 BLOCK = 256
 _SIGNED, _UNSIGNED, _SIGNED_MIDDLES, _UNSIGNED_MIDDLES, _END = 0, 256, 512, 640, 896  # where tables start
+_ZERO = 127  # the signed map's code of 0
 _SMALLEST = 2.0**-126  # float32's smallest normal number: a block below it counts as zeros, its 1 / scale may overflow
 SMALLEST = tl.constexpr(_SMALLEST)
 SIGNED = tl.constexpr(_SIGNED)
@@ -92,17 +94,35 @@ class State8bit:
     v: Tensor | None = None
 
     @classmethod
-    def zeros(cls, n: int, device: torch.device | str, wide: Tensor | None = None) -> State8bit:
-        """wide: [B] bool, on the CPU: blocks kept in float32 (of small parameters: bitsandbytes' `min_8bit_size`)."""
+    def zeros(
+        cls,
+        n: int,
+        device: torch.device | str,
+        wide: Tensor | None = None,
+        *,
+        allocate: Callable[..., Tensor] = torch.zeros,
+    ) -> State8bit:
+        """wide: [B] bool, on the CPU: blocks kept in float32 (of small parameters: bitsandbytes' `min_8bit_size`).
+        allocate: what `torch.zeros` is called for where it is of the size of the parameters."""
         device = torch.device(device)
-        m_codes, v_codes = (torch.zeros(n, dtype=torch.uint8, device=device) for _ in range(2))
+        m_codes, v_codes = (allocate(n, dtype=torch.uint8, device=device) for _ in range(2))
+        m_codes.fill_(_ZERO)  # also of what lies between parameters, which no checkpoint holds: 0 would stand for -1
         m_scale, v_scale = (torch.zeros(cdiv(n, BLOCK), device=device) for _ in range(2))
         narrow = cls(m_codes, v_codes, m_scale, v_scale, code_tables(device))
         if wide is None or not bool(wide.any()):
             return narrow
         slots = torch.where(wide, wide.int().cumsum(0) - 1, -1).to(device, torch.int32)
-        m, v = (torch.zeros(int(wide.sum()) * BLOCK, device=device) for _ in range(2))
+        held = int(wide.sum()) * BLOCK
+        m, v = (allocate(held, dtype=torch.float32, device=device) for _ in range(2))
         return replace(narrow, slots=slots, m=m, v=v)
+
+    def part(self, elements: slice, blocks: slice) -> State8bit:
+        """Views of these elements, which are those of these blocks; the float32 buffers are shared."""
+        return replace(
+            self, m_codes=self.m_codes[elements], v_codes=self.v_codes[elements],
+            m_scale=self.m_scale[blocks], v_scale=self.v_scale[blocks],
+            slots=None if self.slots is None else self.slots[blocks],
+        )  # fmt: skip
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """(m, v), both [n] float32."""

@@ -11,6 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from pyralis.train.check_dpo import DPO_FIELDS, dpo_rule
 from pyralis.train.check_files import files_rule, model_rule
 from pyralis.train.findings import Finding, note, unused
+from pyralis.train.full_weights import full_rule
 from pyralis.train.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _task(config: TrainConfig) -> Iterator[Finding]:
 
 
 def _mode(config: TrainConfig) -> Iterator[Finding]:
+    yield from full_rule(config)
     lora = tuple(name for name in type(config).model_fields if name.startswith(("lora_", "use_rslora", "use_dora")))
     quantisation = ("quant_type", "double_quant")
     if config.train_mode == "full":

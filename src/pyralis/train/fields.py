@@ -169,6 +169,17 @@ class OwnFields(BaseModel):
     )
     sample_max_new_tokens: Integer = _own(64, "Longest sample answer, in tokens.", ge=1)
 
+    # Full fine-tuning
+    bf16_update: Literal["auto", "split", "stochastic", "master"] = _own(
+        "auto",
+        "full: how weights learn that are computed with in bfloat16. split: their lower 16 bits are kept beside them; "
+        "stochastic: rounded stochastically; master: float32 weights. auto: split with AdamW on whole weights, else "
+        "master (docs/full-fine-tuning.md).",
+    )
+    optimizer_in_bwd: bool = _own(
+        False, "full: update each layer as soon as its gradients are there, and give these up. Nothing is clipped."
+    )
+
     # LoRA and quantisation
     lora_rank: Integer = _own(64, "Rank of the LoRA matrices.", origin="Firefly", ge=1, le=1024)
     lora_alpha: Number = _own(16, "LoRA's output is scaled by lora_alpha / lora_rank.", origin="Firefly", gt=0)

@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from pyralis.engine.optimizer import FlatAdamW
+from pyralis.engine.backward_optimizer import BackwardAdamW
+from pyralis.engine.flat_parameters import to_host
+from pyralis.engine.optimizer import FlatAdamW, Rounding
+from pyralis.errors import ConfigError
+from pyralis.memory.predict import Settings
 from pyralis.train.embedding_rate import embedding_parameters, give_learning_rate
-from pyralis.train.flat_optimizer import flat_optimizer
+from pyralis.train.flat_optimizer import flat_optimizer, steps_in_backward, trains_base
+from pyralis.train.full_weights import check_steps_in_backward
+from pyralis.train.out_of_memory import retried, settings_of
 
 
 class LeanTrainer(Trainer):
@@ -29,17 +36,22 @@ class LeanTrainer(Trainer):
     - A loss that is not finite is left out of the mean on the device (`logging_nan_inf_filter`), so nothing waits.
     - Parameters are counted once a run for the count of floating-point operations.
     - Gradients are clipped and cleared without walking through the modules' methods.
-    - AdamW is one launch a step where that is the same arithmetic (`flat_optimizer`), its clipping included.
+    - AdamW is one launch a step where that is the same arithmetic (`flat_optimizer`), its clipping included. Weights in
+      bfloat16 it updates without losing what rounding to nearest does (`bf16_update`).
     - Batches are copied to a GPU without waiting where they are in pinned memory.
+    - A micro-batch that does not fit is computed again under a more frugal memory plan (`out_of_memory.py`).
     - TRL's telemetry is off.
     """
 
     _filters_losses = False
     _flops_per_token: float | None = None
+    _run: ExitStack | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.embedding_learning_rate: float | None = getattr(self.args, "embedding_learning_rate", None)
+        self.bf16_update: Rounding = getattr(self.args, "bf16_update", "split")
+        self.optimizer_in_bwd: bool = getattr(self.args, "optimizer_in_bwd", False)
 
     def _send_telemetry(self) -> None:
         """Of TRL's trainers: nothing is sent."""
@@ -59,8 +71,10 @@ class LeanTrainer(Trainer):
         with self._loss_filter(False):
             self._filters_losses = self._wanted_filter
             try:
-                return super().train(*args, **kwargs)
+                with ExitStack() as self._run:
+                    return super().train(*args, **kwargs)
             finally:
+                self._run = None
                 self._filters_losses = False
                 for method in LEAN_METHODS:
                     vars(self.model_wrapped).pop(method, None)
@@ -86,8 +100,12 @@ class LeanTrainer(Trainer):
         for name, method in LEAN_METHODS.items():
             if name not in vars(model):
                 vars(model)[name] = method(model)
-        loss = super().training_step(model, *args, **kwargs)
+        step = partial(super().training_step, model, *args, **kwargs)
+        loss: Tensor = step() if self.optimizer_in_bwd else retried(model, step, self._memory_settings)
         return self._filtered(loss) if self._filters_losses else loss
+
+    def _memory_settings(self) -> Settings:
+        return settings_of(self.optimizer, self.args.gradient_accumulation_steps)
 
     def _filtered(self, loss: Tensor) -> Tensor:
         """The loss, or where it is not finite the mean since the last log line, as Trainer has it, without reading."""
@@ -105,22 +123,40 @@ class LeanTrainer(Trainer):
     # ---- an optimizer step ----
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Trainer's, with a learning rate of their own for embeddings and head if they have one; or the flat one that
-        does the same."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer(model)
-        if self.embedding_learning_rate is not None:
-            give_learning_rate(optimizer, embedding_parameters(self.model), self.embedding_learning_rate)
-        if self._is_replicated and self.optimizer_cls_and_kwargs is None:
-            trained: Any = self.model
-            self.optimizer = flat_optimizer(optimizer, trained, self.args.max_grad_norm)
+        """Trainer's, with a learning rate of their own for embeddings and head if they have one; or the flat one in its
+        place."""
+        trained = self._trained
+        if self.optimizer is None:
+            if self.optimizer_in_bwd:
+                check_steps_in_backward(self.args, self._is_replicated)
+            optimizer = super().create_optimizer(model)
+            if self.embedding_learning_rate is not None:
+                give_learning_rate(optimizer, embedding_parameters(trained), self.embedding_learning_rate)
+            if self._is_replicated and self.optimizer_cls_and_kwargs is None:
+                self.optimizer = flat_optimizer(
+                    optimizer, trained, self.args.max_grad_norm, rounding=self.bf16_update, seed=self.args.seed,
+                    in_backward=self.optimizer_in_bwd,
+                )  # fmt: skip
+        if self.optimizer_in_bwd and not isinstance(self._flat_optimizer, BackwardAdamW):
+            raise ConfigError("optimizer_in_bwd: the optimizer given to the trainer cannot step in the backward.")
+        if self._run is not None:
+            self._run.enter_context(steps_in_backward(self._flat_optimizer, trained))
         return self.optimizer
+
+    @property
+    def _trained(self) -> nn.Module:
+        model: Any = self.model
+        return model  # type: ignore[no-any-return]
+
+    @property
+    def _flat_optimizer(self) -> FlatAdamW | None:
+        """The optimizer, inside accelerate's wrapper, if it is a flat one."""
+        flat = getattr(self.optimizer, "optimizer", self.optimizer)
+        return flat if isinstance(flat, FlatAdamW) else None
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The norm of the gradient before clipping, on the device."""
-        flat = getattr(self.optimizer, "optimizer", self.optimizer)
-        if isinstance(flat, FlatAdamW):
+        if (flat := self._flat_optimizer) is not None:
             return flat.grad_norm  # it clips in its step, and fills this in; Trainer reads it afterwards
         parameters = [p for p in parameters_of(model) if p.grad is not None]
         if not parameters or any(type(p.grad) is not Tensor for p in parameters) or not self._is_replicated:
@@ -128,9 +164,16 @@ class LeanTrainer(Trainer):
         return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None and isinstance(getattr(self.optimizer, "optimizer", self.optimizer), FlatAdamW):
+        if grad_norm is None and self._flat_optimizer is not None:
             return self._clip_grad_norm(model)
         return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights that are views of one buffer go by way of the host: transformers would clone them all on the GPU."""
+        flat, model = self._flat_optimizer, self._trained
+        if state_dict is None and flat is not None and flat.layout.values.is_cuda and trains_base(model):
+            state_dict = to_host(model.state_dict())
+        super()._save(output_dir, state_dict)
 
     @property
     def _is_replicated(self) -> bool:

@@ -24,6 +24,11 @@ def make_trainer(
         "base_name": base_name(config),
         "embedding_learning_rate": config.embedding_learning_rate,
     }
+    trainer: PyralisTrainer
     if config.task_type == "dpo":
-        return PreferenceTrainer(model.model, arguments, loss=dpo_loss(config), config=config, **common)
-    return PyralisTrainer(model.model, arguments, Collator.for_tokenizer(prepared.tokenizer), **common)
+        trainer = PreferenceTrainer(model.model, arguments, loss=dpo_loss(config), config=config, **common)
+    else:
+        trainer = PyralisTrainer(model.model, arguments, Collator.for_tokenizer(prepared.tokenizer), **common)
+    trainer.bf16_update = "stochastic" if config.bf16_update == "stochastic" else "split"
+    trainer.optimizer_in_bwd = config.train_mode == "full" and config.optimizer_in_bwd
+    return trainer

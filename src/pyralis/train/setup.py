@@ -32,6 +32,7 @@ from pyralis.train.device_fit import CPU_OPTIMIZERS
 from pyralis.train.refusals import refusals_named
 
 logger = logging.getLogger(__name__)
+from pyralis.train.full_weights import bf16_update
 
 # Optimizers of a GPU, and what does the same arithmetic on a CPU.
 _CPU_OPTIMIZERS = {"adamw_torch_fused": "adamw_torch", **CPU_OPTIMIZERS}
@@ -84,10 +85,12 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
     loaded = load_model(
         ModelSettings(
             config.model_name_or_path,
+    half_weights = _half_weights(config)
             train_mode=config.train_mode,
             dtype=config.requested_dtype,  # type: ignore[arg-type]
             quant_type=config.quant_type,
             double_quant=config.double_quant,
+            master_weights="float32" if half_weights is None else "compute",
             attn_implementation=config.attn_implementation,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
@@ -95,7 +98,7 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
             max_seq_length=_length_for_rope(config, prepared),
         )
     )
-    notes = check_fits(loaded.model, prepared)
+    notes = check_fits(loaded.model, prepared) + (() if half_weights is None else (half_weights,))
     if config.task_type == "sft" and config.packing:
         require_isolation(loaded.model)
     acceleration = accelerate(loaded.model, config.acceleration)
@@ -120,6 +123,15 @@ def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
         ModelError: token ids beyond the vocabulary (a tokenizer of another model).
         ConfigError: rows longer than a learnt table of positions.
     """
+def _half_weights(config: TrainConfig) -> str | None:
+    """What there is to say of bfloat16 weights that are trained whole; None where weights are float32 or frozen."""
+    dtype = choose_dtype(config.requested_dtype, choose_device()).dtype  # type: ignore[arg-type]
+    if config.train_mode != "full" or dtype != torch.bfloat16 or (update := bf16_update(config)) == "master":
+        return None
+    how = {"split": "their lower 16 bits beside the optimizer's states", "stochastic": "rounded stochastically"}
+    return f"bfloat16 weights, {how[update]}"
+
+
     parts = [part for part in (prepared.data.train, prepared.data.eval) if part is not None]
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(prepared.tokenizer) > vocabulary and (highest := max(map(highest_token, parts))) >= vocabulary:
@@ -212,6 +224,8 @@ def training_arguments(config: TrainConfig) -> tuple[TrainingArguments, list[str
         arguments["eval_strategy"] = "no"
     arguments["prediction_loss_only"] = True
     arguments["label_names"] = ["labels"]
+    if config.optimizer_in_bwd:
+        arguments["max_grad_norm"] = 0.0
     with refusals_named():
         return TrainingArguments(**arguments), notes
 

@@ -14,18 +14,15 @@ from pyralis.models.checkpointing import choose_save_policy
 from pyralis.models.dtype import choose_device, choose_dtype
 from pyralis.models.surgery import accelerate, decoder_layers
 from pyralis.models.swap import fast_modules
+from pyralis.train.arguments import LeanArguments
 from pyralis.train.lean import LeanTrainer
 from pyralis.train.old_trainer_names import TrainerCall, say_once, todays_call
 
 
 @dataclass
-class TrlConfig:
+class TrlConfig(LeanArguments):
     """Fields of ours beside those of one of TRL's configs, before which it stands in the list of bases."""
 
-    embedding_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of what is trained of the embeddings and the head; None: learning_rate."},
-    )
     acceleration: str = field(
         default="auto",
         metadata={

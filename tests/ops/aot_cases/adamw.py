@@ -18,7 +18,7 @@ KINDS = (  # parameters, gradients, copy, how parameters are rounded
     (torch.float32, torch.float32, None, None),
     (torch.float32, torch.float16, torch.float16, None),
     (torch.bfloat16, torch.bfloat16, None, "stochastic"),
-    (torch.bfloat16, torch.float32, None, "kahan"),
+    (torch.bfloat16, torch.bfloat16, None, "split"),
     (torch.bfloat16, torch.bfloat16, None, None),
 )
 
@@ -38,7 +38,7 @@ def call_of(
             Groups(meta(3, dtype=torch.float32), meta(3, dtype=torch.float32), index),
             beta1=0.9, beta2=0.999, eps=1e-8, compute_copy=None if copy is None else meta(n, dtype=copy),
             seed=meta(1, dtype=torch.int64) if rounding == "stochastic" else None,
-            compensation=meta(n, dtype=torch.bfloat16) if rounding == "kahan" else None,
+            low_bits=meta(n, dtype=torch.int16) if rounding == "split" else None,
         )  # fmt: skip
 
     return call

@@ -24,7 +24,13 @@ def _state(n: int, mixed: bool) -> State8bit:
 
 
 def _call(
-    n: int, params: torch.dtype, grads: torch.dtype, copy: torch.dtype | None, seeded: bool, groups: bool, mixed: bool
+    n: int,
+    params: torch.dtype,
+    grads: torch.dtype,
+    copy: torch.dtype | None,
+    rounding: str | None,
+    groups: bool,
+    mixed: bool,
 ) -> Callable[[], None]:
     def call() -> None:
         index = meta(cdiv(n, 256), dtype=torch.int32) if groups else None
@@ -32,7 +38,8 @@ def _call(
             meta(n, dtype=params), meta(n, dtype=grads), _state(n, mixed), StepScalars.new("meta"),
             Groups(meta(3, dtype=FLOAT), meta(3, dtype=FLOAT), index), beta1=0.9, beta2=0.999, eps=1e-8,
             compute_copy=None if copy is None else meta(n, dtype=copy),
-            seed=meta(1, dtype=torch.int64) if seeded else None,
+            seed=meta(1, dtype=torch.int64) if rounding == "stochastic" else None,
+            low_bits=meta(n, dtype=torch.int16) if rounding == "split" else None,
         )  # fmt: skip
 
     return call
@@ -40,10 +47,11 @@ def _call(
 
 def cases() -> list[Case]:
     kinds = (
-        (FLOAT, FLOAT, BRAIN, False),
-        (FLOAT, FLOAT, None, False),
-        (FLOAT, HALF, HALF, False),
-        (BRAIN, BRAIN, None, True),
+        (FLOAT, FLOAT, BRAIN, None),
+        (FLOAT, FLOAT, None, None),
+        (FLOAT, HALF, HALF, None),
+        (BRAIN, BRAIN, None, "stochastic"),
+        (BRAIN, BRAIN, None, "split"),
     )
     return [
         Case(f"n={n} {kind} groups={groups} mixed={mixed}", _call(n, *kind, groups, mixed))
