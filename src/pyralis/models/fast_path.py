@@ -104,7 +104,9 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     arguments["attention_mask"] = torch.empty((1, 1, 1, 1), device="meta")
     tokens = find_real_tokens(self, arguments, call.layout)
     if tokens is None:
-        return output
+        return stock.forward(self, **arguments, **{CALL: call})
+    call = replace(call, layout=tokens.layout, tokens=tokens)
+    output = stock.forward(self, **without_padding(arguments, tokens), **{CALL: call})
     if kept is None:
         return padded_again(output, tokens)
     kept.tokens = tokens
