@@ -9,7 +9,6 @@ is free again, so what it holds for a moment costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +16,7 @@ from pyralis.memory.cost import Batch, Seconds
 from pyralis.memory.gpus import GpuRates
 from pyralis.memory.predict import CHUNKS, Memory, Option, Predictor, Settings
 from pyralis.memory.shape import ModelShape
-from pyralis.models.policy import POLICIES, SavePolicy
+from pyralis.models.policy import SavePolicy
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,11 @@ class Plan:
 def plan(model: ModelShape, batch: Batch, budget: int, rates: GpuRates, settings: Settings | None = None) -> Plan:
     """The fastest plan whose reserved memory is at most `budget` bytes; the most frugal one where none is."""
     predictor = Predictor(model, batch, rates, Settings() if settings is None else settings)
-    found = []
-    for chunk in CHUNKS:
-        for policies in (POLICIES[:-1], POLICIES):
-            options = _fill(predictor, budget, chunk, policies)
-            if options is not None:
-                found.append((predictor.seconds(options, chunk).total, options, chunk))
-        if found:  # a smaller chunk frees less than it costs, unless nothing fits with this one
-            break
+    found = [
+        (predictor.seconds(options, chunk).total, options, chunk)
+        for chunk in CHUNKS
+        if (options := _fill(predictor, budget, chunk)) is not None
+    ]
     if found:
         _, options, chunk = min(found, key=lambda each: each[0])
         return _made(predictor, options, chunk, budget)
@@ -78,16 +74,13 @@ def _made(predictor: Predictor, options: tuple[Option, ...], chunk: int | None, 
     )  # fmt: skip
 
 
-def _fill(
-    predictor: Predictor, budget: int, chunk: int | None, policies: Sequence[SavePolicy]
-) -> tuple[Option, ...] | None:
+def _fill(predictor: Predictor, budget: int, chunk: int | None) -> tuple[Option, ...] | None:
     """The options of each layer; None where the least memory is too much already."""
     works, layers = predictor.works, predictor.model.layers
     cost = [
         {
             option: (work.kept[option.policy] + (layer.matrices if option.resident else 0), seconds.total)
             for option, seconds in work.seconds.items()
-            if option.policy in policies
         }
         for work, layer in zip(works, layers)
     ]

@@ -46,7 +46,7 @@ class Settings:
     Attributes:
         moments: bytes of optimizer states per trained parameter: 8, or 2 in 8 bits.
         accumulation: micro-batches of an optimizer step.
-        recorded: whether steps are replayed from CUDA graphs where they can be: not where inputs are offloaded.
+        recorded: whether steps are replayed from CUDA graphs.
     """
 
     moments: float = 8.0
@@ -142,7 +142,7 @@ class Predictor:
 
     def cpu_seconds(self, options: tuple[Option, ...]) -> float:
         """What the CPU takes to launch a step."""
-        if self.settings.recorded and all(option.policy != "offload_input" for option in options):
+        if self.settings.recorded:
             return REPLAY_SECONDS
         kernels = KERNELS_OUTSIDE + sum(
             KERNELS + KERNELS_AGAIN[o.policy] - (2 if o.resident else 0) for o in options
