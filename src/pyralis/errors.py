@@ -41,3 +41,9 @@ class FetchError(PyralisError, OSError):
     """A download that failed at every source, or whose checksum is wrong."""
 
     exit_code = 3
+
+
+class SaveError(PyralisError, OSError):
+    """A checkpoint or result that could not be written: a full disk, a quota, a folder gone."""
+
+    exit_code = 4

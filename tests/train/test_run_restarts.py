@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pyralis.errors import ConfigError
 from pyralis.train.checkpoint import RUN_NAME, write_json
+from pyralis.train.checksums import CHECKSUMS_NAME
 from pyralis.train.lock import only_run_in
 from tests.train.runs import run
 
@@ -82,10 +83,12 @@ def test_a_checkpoint_that_is_named_must_fit(tiny_llama: Path, chats: Path, tmp_
     assert on.summary.steps == 2
 
 
-def test_a_damaged_checkpoint_is_named_and_can_be_done_without(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_of_another_program(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    """Without checksums it is found when it is read."""
     output = tmp_path / "out"
     run(tiny_llama, chats, output, max_steps=2, save_steps=1)
     interrupt(output)
+    (output / "checkpoint-2" / CHECKSUMS_NAME).unlink()
     (output / "checkpoint-2" / "optimizer.pt").write_bytes(b"half")
     with pytest.raises(ConfigError, match="checkpoint-2 cannot be resumed from: its optimizer state is damaged"):
         run(tiny_llama, chats, output, max_steps=3, save_steps=1)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+RESUME_ME = 75  # sysexits.h's EX_TEMPFAIL: a scheduler's SIGTERM was obeyed, and the same command goes on
+
 
 def register(app: typer.Typer) -> None:
     @app.command()
@@ -41,4 +43,4 @@ def register(app: typer.Typer) -> None:
 
         result = run(config, overrides or ())
         if result.status == "interrupted":
-            raise typer.Exit(130)
+            raise typer.Exit(RESUME_ME if result.signal == "SIGTERM" else 130)

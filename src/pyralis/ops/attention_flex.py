@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
 
-
 # A version each for: the layer's window and softcap, padded and packed, dtype, gradients, fixed and variable lengths.
 # Torch stops at 8 a process, then runs FlexAttention uncompiled: from inside an autograd node that fails.
 VERSIONS = 64

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyralis.errors import ConfigError
 from pyralis.models.staging import write_text
+from pyralis.train.checksums import damage
 
 CONFIG_NAME = "pyralis_config.json"
 RUN_NAME = "pyralis_run.json"
@@ -161,6 +162,11 @@ def find_start_point(
                 f"resume_from_checkpoint: {resume} is no whole checkpoint (no {STATE_NAME} in it); "
                 f"checkpoints beside it: {near}."
             )
+        if (problem := damage(path)) is not None:
+            raise ConfigError(
+                f"resume_from_checkpoint: {resume} is damaged: {problem}. Name another checkpoint, or set "
+                "resume_from_checkpoint: auto, which goes on from the newest whole one."
+            )
         _check_kind(path, effective)
         _check_same_run(path.parent, effective)
         return StartPoint(path, (f"resuming from {path}",))
@@ -182,16 +188,32 @@ def find_start_point(
         if resume is True:
             raise ConfigError(f"resume_from_checkpoint: true, but {output_dir} holds no whole checkpoint.")
         return StartPoint(None)
-    step, newest = checkpoints[-1]
+    newest = checkpoints[-1][1]
     if not resume:
         raise ConfigError(
             f"{output_dir} holds an unfinished run (newest checkpoint: {newest.name}). Set "
             "resume_from_checkpoint: auto to continue it, choose another output_dir, or set "
             "overwrite_output_dir: true to start anew."
         )
-    _check_kind(newest, effective)
+    step, whole, damaged = _newest_whole(output_dir, checkpoints)
+    _check_kind(whole, effective)
     _check_same_run(output_dir, effective)
-    return StartPoint(newest, (f"resuming the unfinished run in {output_dir} from step {step}",))
+    return StartPoint(whole, (*damaged, f"resuming the unfinished run in {output_dir} from step {step}"))
+
+
+def _newest_whole(output_dir: Path, checkpoints: Sequence[tuple[int, Path]]) -> tuple[int, Path, list[str]]:
+    """(step, folder, a note on each newer one that is damaged); ConfigError if all are."""
+    notes: list[str] = []
+    for step, path in reversed(checkpoints):
+        problem = damage(path)
+        if problem is None:
+            return step, path, notes
+        notes.append(f"DAMAGED: {path.name} ({problem}) is passed over; the run goes on from an earlier checkpoint")
+    damaged = "; ".join(note.removeprefix("DAMAGED: ").split(" is passed over")[0] for note in notes)
+    raise ConfigError(
+        f"every checkpoint in {output_dir} is damaged: {damaged}. Put a whole one there, or set "
+        "overwrite_output_dir: true to start anew."
+    )
 
 
 def run_status(output_dir: Path) -> str | None:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
+from pyralis.data.left_out import LEFT_OUT_NAME
+from pyralis.data.progress import tokenising
 from pyralis.data.template import install_template
 from pyralis.errors import ConfigError
 from pyralis.train.answers import answer_questions, answers_table
@@ -32,6 +34,7 @@ from pyralis.train.checkpoint import (
     write_json,
 )
 from pyralis.train.config import LoadedConfig, TrainConfig, config_from_dict, load_config
+from pyralis.train.data_stats import data_stats
 from pyralis.train.dpo_run import PreferenceTrainer
 from pyralis.train.interrupt import GracefulStop, StopCallback
 from pyralis.train.libraries import check_libraries
@@ -50,6 +53,7 @@ from pyralis.train.outcome import (
 from pyralis.train.panel import final_panel, startup_panel
 from pyralis.train.refusals import refusals_named
 from pyralis.train.report import SampleAnswer
+from pyralis.train.save_errors import save_errors_named
 from pyralis.train.setup import (
     PreparedData,
     PreparedModel,
@@ -76,6 +80,7 @@ class TrainResult:
     """What a run came to and where it lies."""
 
     status: Literal["finished", "interrupted"]
+    signal: str | None  # what interrupted it: SIGINT or SIGTERM
     output_dir: Path
     summary: RunSummary
     files: OutcomeFiles
@@ -121,8 +126,8 @@ def train(
     start = find()
     set_seed(config.seed)
     arguments, argument_notes = training_arguments(config)
-    with console.status("reading the data"):
-        prepared = prepare_data(config)
+    with tokenising(console) as progress:
+        prepared = prepare_data(config, progress)
     check_rows(prepared.data, arguments)
     check_same_data(start, prepared.data.digest)
     with console.status(f"loading {config.model_name_or_path}"):
@@ -135,6 +140,8 @@ def train(
         if find() != start:
             raise ConfigError(f"output_dir {output_dir}: another run wrote into it meanwhile. Start again.")
         prepare_output_dir(output_dir, start)
+        if prepared.data.left_out is not None:
+            shutil.copyfile(prepared.data.left_out, output_dir / LEFT_OUT_NAME)
         write_json(output_dir / CONFIG_NAME, effective)
         write_json(output_dir / RUN_NAME, run_facts("running", prepared, model))
         return run(next_commands)
@@ -214,14 +221,17 @@ def _run(
     summary = summarise(metrics.history)
     files = OutcomeFiles(metrics=output_dir / METRICS_NAME)
     if main:
-        files = write_outcome(output_dir, info, metrics.history, config.effective(), prepared.data.report, samples)
+        batches = data_stats(prepared.data.train, config)
+        files = write_outcome(
+            output_dir, info, metrics.history, config.effective(), prepared.data.report, batches, samples
+        )
         outcome = {"step": trainer.state.global_step, **summary_facts(summary)}
         write_json(output_dir / RUN_NAME, run_record(output_dir) | {"status": status, **outcome})
         if samples:
             console.print(answers_table(samples))
         console.print(final_panel(final_info(config, summary, files, interrupted, samples, next_commands)))
     trainer.accelerator.wait_for_everyone()
-    return TrainResult(status, output_dir, summary, files, samples)
+    return TrainResult(status, stop.requested if interrupted else None, output_dir, summary, files, samples)
 
 
 def _answers(
@@ -249,7 +259,8 @@ def _save_result(trainer: PyralisTrainer, output_dir: Path) -> None:
     them first, so that a run that starts anew finds all of them to clear away."""
     staging = output_dir / f"{STAGING_PREFIX}result"
     shutil.rmtree(staging, ignore_errors=True)
-    trainer.save_model(str(staging))
-    names = sorted(path.name for path in staging.iterdir())
-    write_json(output_dir / RUN_NAME, run_record(output_dir) | {"result": names})
-    publish(staging, output_dir)
+    with save_errors_named(f"the result could not be saved into {output_dir}", staging, output_dir):
+        trainer.save_model(str(staging))
+        names = sorted(path.name for path in staging.iterdir())
+        write_json(output_dir / RUN_NAME, run_record(output_dir) | {"result": names})
+        publish(staging, output_dir)

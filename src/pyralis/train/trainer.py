@@ -20,9 +20,11 @@ from pyralis.data.template import ChatTemplate, save_template
 from pyralis.errors import ConfigError
 from pyralis.models.staging import write_text
 from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json
+from pyralis.train.checksums import write_checksums
 from pyralis.train.fast_loss import FastLossTrainer
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
 from pyralis.train.refusals import refusals_named
+from pyralis.train.save_errors import save_errors_named
 from pyralis.train.token_counts import TokenCounts
 
 COUNTS_NAME = "pyralis_counts.json"
@@ -172,10 +174,18 @@ class PyralisTrainer(FastLossTrainer):
                 name_base_model(folder, self.base_name)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write `checkpoint-N` beside, rename it, then delete what `save_total_limit` no longer keeps."""
+        """Write `checkpoint-N` beside, with checksums, rename it, then delete what `save_total_limit` does not keep.
+
+        Raises:
+            SaveError: it could not be written, a full disk most of all; checkpoints that were there are whole.
+        """
         run_dir = Path(self._get_output_dir(trial=trial))
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_dir / f"{STAGING_PREFIX}{final.name}"
+        with save_errors_named(f"{final} could not be saved", staging, run_dir):
+            self._write_checkpoint(run_dir, final, staging, trial)
+
+    def _write_checkpoint(self, run_dir: Path, final: Path, staging: Path, trial: Any) -> None:
         if trial is None:
             self.store_flos()
         if self.args.should_save and staging.exists():
@@ -196,6 +206,7 @@ class PyralisTrainer(FastLossTrainer):
             write_json(staging / COUNTS_NAME, counts)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            write_checksums(staging)
             if final.exists():
                 shutil.rmtree(final)
             os.replace(staging, final)
