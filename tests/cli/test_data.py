@@ -1,8 +1,9 @@
-"""`pyralis data` on a model folder that holds only a config and a tokenizer."""
+"""`pyralis data preview` and `pyralis data stats` on a model folder that holds only a config and a tokenizer."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,32 @@ def run(*args: str) -> str:
     return result.stdout
 
 
-def test_report_and_preview(config: str) -> None:
-    output = run(config, "--rows", "2", "eval_split=0.25")
-    assert "train.jsonl: 20 rows as conversation" in output
-    assert "5 rows are held out" in output
+def test_preview(config: str) -> None:
+    output = run("preview", config, "-n", "2")
     assert "【Answer 0.<|im_end|>】" in output
     assert "row 2:" in output
     assert "row 3:" not in output
-    assert "row 1:" in run(config, "--eval", "eval_split=0.25")
-    assert "row 1:" not in run(config, "--rows", "0")
+    assert "row 3:" in run("preview", config)
+    assert "row 1:" in run("preview", config, "--eval", "eval_split=0.25")
+
+
+def test_stats(config: str, tmp_path: Path) -> None:
+    output = run("stats", config, "eval_split=0.25", "per_device_train_batch_size=4", "num_train_epochs=2")
+    assert "train.jsonl: 20 rows as conversation" in output
+    assert "5 rows are held out" in output
+    assert "8 steps in 2 epochs" in output
+    assert re.search(r"packing: true: \d rows, \d\d\.\d% full", output)
+    assert re.search(r"^40 to 44  15  █+$", output, re.MULTILINE)
+    assert "padding" not in run("stats", config, "packing=true").split("batches")[0]
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('\n{"conversation": 5}\n')
+    listed = re.search(r"listed in (\S+)", run("stats", config, "on_bad_row=skip"))
+    assert listed is not None
+    assert json.loads(Path(listed[1]).read_text())["row"] == 21
 
 
 def test_errors(config: str) -> None:
     with pytest.raises(DataError, match="There is no evaluation data"):
-        run(config, "--eval")
+        run("preview", config, "--eval")
     with pytest.raises(DataError, match="nothing can be learnt from any of the 20 rows"):
-        run(config, "max_seq_length=8")
+        run("stats", config, "max_seq_length=8")

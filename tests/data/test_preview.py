@@ -44,9 +44,11 @@ def shown(renderable: Any, **options: Any) -> str:
 def test_stretches_follow_the_labels(tokenizer: PreTrainedTokenizerFast) -> None:
     example = row(tokenizer, ("你好[/INST]", False), (" Hello 😀", True), ("\nAnd?[/INST]", False), ("Bye", True))
     assert stretches(example["input_ids"], example["labels"], tokenizer) == [
-        Stretch("你好[/INST]", False),
+        Stretch("你好", False),
+        Stretch("[/INST]", False, special=True),
         Stretch(" Hello 😀", True),
-        Stretch("\nAnd?[/INST]", False),
+        Stretch("\nAnd?", False),
+        Stretch("[/INST]", False, special=True),
         Stretch("Bye", True),
     ]
 
@@ -65,6 +67,7 @@ def test_with_and_without_colours(tokenizer: PreTrainedTokenizerFast) -> None:
     assert "row 2" not in plain
     coloured = shown(preview([example], tokenizer), color_system="standard", force_terminal=True)
     assert "\x1b[32mHello\x1b[0m" in coloured
+    assert "\x1b[35m[/INST]\x1b[0m" in coloured
     assert "【" not in coloured
 
 
@@ -79,3 +82,17 @@ def test_packed_and_long_rows(tokenizer: PreTrainedTokenizerFast) -> None:
     assert "2 parts" in text
     assert f"({2 * STRETCH_CHARACTERS:,} characters)" in text.replace("\n", " ")
     assert "【end】" in text
+
+
+def test_learnt_special_tokens_stand_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = row(tokenizer, ("Q", False), ("A[/INST]", True))
+    assert "Q【A[/INST]】" in shown(preview([example], tokenizer), color_system=None)
+    coloured = shown(preview([example], tokenizer), color_system="standard", force_terminal=True)
+    assert "\x1b[32mA\x1b[0m\x1b[1;7;32m[/INST]\x1b[0m" in coloured
+
+
+def test_no_row_steers_the_terminal(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = row(tokenizer, ("\x1b[2J\r\x9b1m\x7f", False), ("a\tb\nc", True))
+    output = shown(preview([example], tokenizer), color_system=None)
+    assert "\u241b[2J\u240d\ufffd1m\u2421【a" in output
+    assert not {"\x1b", "\r", "\x9b", "\x7f"} & set(output)

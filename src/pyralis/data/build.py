@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from pyralis.data.encode import Encoder
-from pyralis.data.examples import Progress, columns_of, encode_sources
+from pyralis.data.examples import columns_of, encode_sources
 from pyralis.data.left_out import LEFT_OUT_NAME, LeftOutList
 from pyralis.data.pack import Ids, PackedRow, bin_pack, pack_documents, pack_examples, position_ids
+from pyralis.data.progress import OnProgress
 from pyralis.data.repeats import Repeats, duplicates, shared
 from pyralis.data.report import DataReport
 from pyralis.data.settings import DataSettings
@@ -37,7 +38,7 @@ def build_files(
     train: Sequence[DataSource],
     evaluation: Sequence[DataSource],
     encoder: Encoder,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> DataReport:
     """Write `train.arrow`, and `eval.arrow` if there is evaluation data, into `folder`.
 

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from pyralis.data.build import build_files
 from pyralis.data.cache import REPORT_NAME, build_once, cache_key, cache_root, file_digest
 from pyralis.data.encode import Encoder
-from pyralis.data.examples import Progress
 from pyralis.data.files import HubDataset, resolve_files
 from pyralis.data.left_out import LEFT_OUT_NAME
+from pyralis.data.progress import OnProgress, about_rows
 from pyralis.data.read import load_hub, read_file, read_hub
 from pyralis.data.report import DataReport
 from pyralis.data.settings import DataSettings, TaskType
@@ -54,13 +54,13 @@ def build_dataset(
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate | None = None,
     *,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> BuiltData:
     """Read, check, tokenise and pack all data of a run, or find it in the cache.
 
     Args:
         template: for conversations; documents need none.
-        progress: told the number of rows done so far, now and then.
+        progress: told now and then how far it is.
 
     Raises:
         DataError: a file or row that cannot be used, or no row that anything can be learnt from.
@@ -122,7 +122,7 @@ def _open(files: Sequence[str], settings: DataSettings) -> list[DataSource]:
 
 def _open_one(found: Path | HubDataset, settings: DataSettings) -> DataSource:
     if isinstance(found, Path):
-        return DataSource(str(found), file_digest(found), partial(read_file, found))
+        return DataSource(str(found), file_digest(found), partial(read_file, found), about_rows(found))
     hub_cache = None if settings.cache_dir is None else Path(settings.cache_dir).expanduser()
     rows = load_hub(found, split=settings.split, cache_dir=hub_cache)
-    return DataSource(f"{found}@{settings.split}", rows._fingerprint, lambda on_bad: read_hub(rows, found))
+    return DataSource(f"{found}@{settings.split}", rows._fingerprint, lambda on_bad: read_hub(rows, found), len(rows))

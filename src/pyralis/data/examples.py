@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ from pyralis.data.encode import Encoder
 from pyralis.data.encoded_row import BAD, EMPTY, NO_ANSWER, NO_ROOM, OVERLONG, SAME_ANSWERS, EncodedRow
 from pyralis.data.left_out import LeftOutList
 from pyralis.data.processes import encode_rows
+from pyralis.data.progress import OnProgress
 from pyralis.data.report import Dropped
 from pyralis.data.settings import DataSettings
 from pyralis.data.sources import DataSource, raw_rows
 from pyralis.data.store import EXAMPLE_COLUMNS, PAIR_COLUMNS, Rows, write_rows
 from pyralis.data.tally import Tally
 from pyralis.errors import DataError
-
-Progress = Callable[[int], None]
 
 _ADVICE = {
     NO_ANSWER: "Each conversation needs an assistant turn, or there is nothing to learn from it.",
@@ -36,11 +35,14 @@ def encode_sources(
     tally: Tally,
     *,
     encoder: Encoder,
-    progress: Progress | None,
+    progress: OnProgress | None,
     listed: LeftOutList,
     limit: int | None = None,
 ) -> Rows:
     """Encode the first `limit` rows of the sources into a file; what is left out goes to the tally and is listed."""
+    known = [source.about_rows for source in sources]
+    about = None if None in known else sum(count for count in known if count is not None)
+    total = about if about is None or limit is None else min(about, limit)
     limited = islice(raw_rows(sources, encoder.settings, tally), limit)
 
     def kept_rows() -> Iterator[dict[str, Any]]:
@@ -55,7 +57,7 @@ def encode_sources(
                     listed.add(row)
             done += len(chunk.rows)
             if progress is not None:
-                progress(done)
+                progress(done, total)
 
     columns = columns_of(encoder.settings)
     write_rows(path, columns, kept_rows())

@@ -149,7 +149,9 @@ def _parse_preference(row: Row, source: Source, counts: Counter[str]) -> Prefere
 def _answer(value: Any, key: str, source: Source) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
-    return [Message("assistant", value)] if isinstance(value, str) else messages_of(value, key, source)
+    if isinstance(value, str):
+        return [Message("assistant", text_of(value, key, source))]
+    return messages_of(value, key, source)
 
 
 def _history(row: Row, chosen: list[Message], rejected: list[Message], source: Source) -> list[Message]:

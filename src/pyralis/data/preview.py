@@ -16,19 +16,32 @@ from pyralis.data.pack import IGNORED
 
 # Longer stretches are shown by their two ends.
 STRETCH_CHARACTERS = 1200
-STRETCHES = 40
+STRETCHES = 80
+
+# by (learnt, special)
+STYLES = {
+    (True, False): "green",
+    (True, True): "bold reverse green",
+    (False, False): "dim",
+    (False, True): "magenta",
+}
+# line breaks and tabs stay
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Text that is learnt, or not, as one piece."""
+    """Text that is learnt, or not, as one piece; of special tokens, or not."""
 
     text: str
     learnt: bool
+    special: bool = False
 
 
 def stretches(input_ids: Iterable[int], labels: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[Stretch]:
-    """A row's text in stretches that are learnt or not, from the very ids and labels that are trained on.
+    """A row's text in stretches that are learnt or not, special tokens apart, from the very ids and labels that are
+    trained on.
 
     Each stretch is the growth of the decoded text, since tokens decode differently on their own (SentencePiece drops
     a leading space; a character may need several tokens).
@@ -36,33 +49,42 @@ def stretches(input_ids: Iterable[int], labels: Iterable[int], tokenizer: PreTra
     ids = [int(token) for token in input_ids]
     found: list[Stretch] = []
     shown, end = "", 0
-    for learnt, group in groupby(labels, key=lambda label: int(label) != IGNORED):
+    special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    kinds = [(int(label) != IGNORED, token in special_ids) for token, label in zip(ids, labels, strict=True)]
+    for (learnt, special), group in groupby(kinds):
         end += len(list(group))
         whole = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(whole, str)
         if end < len(ids):
             whole = whole.rstrip("\ufffd")  # a character that goes on in the next stretch
         if len(whole) > len(shown):
-            found.append(Stretch(whole[len(shown) :], learnt))
+            found.append(Stretch(whole[len(shown) :], learnt, special))
             shown = whole
     return found
 
 
+def _coloured(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
 @dataclass(frozen=True, slots=True)
 class _LearntText:
-    """Learnt text in green and the rest dim; without colours learnt text stands between 【 and 】."""
+    """Learnt text in green and the rest dim, special tokens standing out; without colours learnt text stands between
+    【 and 】. Control characters are shown as their pictures, so that no row can steer the terminal."""
 
     parts: tuple[Stretch, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        coloured = console.color_system is not None and not console.no_color
+        coloured = _coloured(console)
         text = Text()
-        for part in self.parts[:STRETCHES]:
-            shown = _shortened(part.text)
+        for learnt, group in groupby(self.parts[:STRETCHES], key=lambda part: part.learnt):
+            shown = [(_shortened(part.text.translate(_PICTURES)), part.special) for part in group]
             if coloured:
-                text.append(shown, "green" if part.learnt else "dim")
+                for piece, special in shown:
+                    text.append(piece, STYLES[learnt, special])
             else:
-                text.append(f"【{shown}】" if part.learnt else shown)
+                plain = "".join(piece for piece, _ in shown)
+                text.append(f"【{plain}】" if learnt else plain)
         if len(self.parts) > STRETCHES:
             text.append(f"\n... and {len(self.parts) - STRETCHES} stretches more")
         yield text
@@ -71,8 +93,15 @@ class _LearntText:
 @dataclass(frozen=True, slots=True)
 class _Legend:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        if console.color_system is not None and not console.no_color:
-            yield Text.assemble(("Learnt text is green", "green"), (", what it follows is dim.", "dim"))
+        if _coloured(console):
+            yield Text.assemble(
+                ("Learnt text is green", STYLES[True, False]),
+                ", ",
+                ("its special tokens on green", STYLES[True, True]),
+                ("; what it follows is dim, ", STYLES[False, False]),
+                ("its special tokens magenta", STYLES[False, True]),
+                ".",
+            )
         else:
             yield Text("Learnt text stands between 【 and 】.")
 

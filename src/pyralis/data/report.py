@@ -42,7 +42,7 @@ class DataReport:
         shared: of the evaluation rows, those that are training rows too; 0 in the report on the training data.
         supervised_tokens: tokens that the loss is taken on.
         length_percentiles: (percent, tokens).
-        length_histogram: (upper edge, examples), 20 bins of one width.
+        length_histogram: (upper edge, examples) of bins of one round width, from 0 on, at most 20.
         eval: the same about the evaluation data.
     """
 

@@ -19,11 +19,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """A file or a loaded hub dataset: its name, a digest of its content, and its rows (see `read_file`)."""
+    """A file or a loaded hub dataset: its name, a digest of its content, its rows (see `read_file`), and about how many
+    they are, where that can be told."""
 
     name: str
     digest: str
     rows: Callable[[OnBad | None], Iterator[tuple[Row, Source]]]
+    about_rows: int | None = None
 
 
 def raw_rows(sources: Sequence[DataSource], settings: DataSettings, tally: Tally) -> Iterator[RawRow]:

@@ -82,7 +82,8 @@ class Tally:
         eval_report: DataReport | None = None,
     ) -> DataReport:
         lengths = np.asarray(lengths)
-        counts, edges = np.histogram(lengths, bins=20, range=(0, max(20, int(lengths.max()))))
+        width = _bin_width(int(lengths.max()))
+        counts = np.bincount(lengths // width)
         return DataReport(
             files=tuple(FileReport(file, self.formats.get(file, "unknown"), rows) for file, rows in self.rows.items()),
             rows_read=self.rows.total(),
@@ -94,7 +95,7 @@ class Tally:
             supervised_tokens=supervised_tokens,
             longest=int(lengths.max()),
             length_percentiles=tuple((p, int(np.percentile(lengths, p))) for p in PERCENTILES),
-            length_histogram=tuple((int(np.ceil(edge)), int(count)) for edge, count in zip(edges[1:], counts)),
+            length_histogram=tuple((width * (i + 1), int(count)) for i, count in enumerate(counts)),
             packed_fill=packed_fill,
             warnings=(*(f"{count:,} {what}" for what, count in self.counts.items() if count), *warnings),
             split=self.split,
@@ -104,3 +105,13 @@ class Tally:
             shared=shared,
             eval=eval_report,
         )
+
+
+def _bin_width(longest: int) -> int:
+    """The smallest round number of tokens (1, 2 or 5 times a power of ten) of which 20 bins hold `longest`."""
+    power = 1
+    while True:
+        for width in (power, 2 * power, 5 * power):
+            if longest < 20 * width:
+                return width
+        power *= 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyralis.data.report import DataReport
+from pyralis.data.stats import Batching, BatchStats
 from pyralis.train.checkpoint import StartPoint
 from pyralis.train.config import TrainConfig
 from pyralis.train.environment import describe_environment
@@ -51,7 +51,7 @@ def describe_start(
     if report.eval is not None:
         data.append(DataLine("eval", report.eval.sequences, report.eval.tokens, report.eval.supervised_tokens))
     arguments = trainer.args
-    steps, epochs = planned_steps(trainer, len(prepared.data.train))
+    steps, epochs = Batching.of(arguments, arguments.world_size).steps(len(prepared.data.train))
     memory = "layers recomputed in the backward pass" if checkpoints_layers(config, model.loaded.device) else ""
     return StartupInfo(
         model=config.model_name_or_path,
@@ -79,17 +79,6 @@ def describe_start(
         notes=[*notes, *start.notes, *model.loaded.notes],
         warnings=[*report.warnings, *model.notes],
     )
-
-
-def planned_steps(trainer: PyralisTrainer, rows: int) -> tuple[int, float]:
-    """(optimizer steps, epochs) as the Trainer will count them."""
-    arguments = trainer.args
-    batch = arguments.per_device_train_batch_size * arguments.world_size
-    micro_batches = rows // batch if arguments.dataloader_drop_last else -(-rows // batch)
-    per_epoch = max(1, -(-micro_batches // arguments.gradient_accumulation_steps))
-    if arguments.max_steps > 0:
-        return arguments.max_steps, round(arguments.max_steps / per_epoch, 2)
-    return math.ceil(per_epoch * arguments.num_train_epochs), float(arguments.num_train_epochs)
 
 
 def _mode_text(config: TrainConfig, model: PreparedModel) -> str:
@@ -122,6 +111,7 @@ def write_outcome(
     metrics: Sequence[Metric],
     effective: Mapping[str, Any],
     data: DataReport,
+    batches: BatchStats | None,
     samples: Sequence[SampleAnswer],
 ) -> OutcomeFiles:
     """Draw `loss.png` and write `report.html` into the output folder."""
@@ -140,6 +130,13 @@ def write_outcome(
                 truncated_rows=data.truncated,
                 dropped=[DroppedRows(d.reason, d.rows, d.examples) for d in data.dropped],
                 lengths=_length_bins(data.length_histogram),
+                split_rows=data.split,
+                pieces=data.pieces,
+                tokens_lost=data.tokens_lost,
+                duplicates=data.duplicates,
+                shared=0 if data.eval is None else data.eval.shared,
+                packed_fill=data.packed_fill,
+                batches=batches,
             ),
             samples=samples,
             title=Path(info.model).name,

@@ -16,6 +16,7 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pyralis import __version__
+from pyralis.data.stats import BatchStats
 from pyralis.models.staging import write_text
 from pyralis.train import format as numbers
 from pyralis.train.environment import Environment
@@ -39,7 +40,7 @@ class DroppedRows:
 
 @dataclass(frozen=True, slots=True)
 class DataSummary:
-    """What became of the data. `lengths` may be empty."""
+    """What became of the data (`DataReport`). `lengths` may be empty; `batches` is None where they are not known."""
 
     files: Sequence[str]
     rows_read: int
@@ -47,6 +48,13 @@ class DataSummary:
     truncated_rows: int = 0
     dropped: Sequence[DroppedRows] = ()
     lengths: Sequence[LengthBin] = ()
+    split_rows: int = 0
+    pieces: int = 0
+    tokens_lost: int = 0
+    duplicates: int = 0
+    shared: int = 0
+    packed_fill: float | None = None
+    batches: BatchStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
