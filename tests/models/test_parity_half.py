@@ -7,6 +7,7 @@ masters, all of them under autocast; float16 losses are scaled. The truth is tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from pyralis.models.families import FAMILIES as SERVED
 from pyralis.models.load import ModelSettings, load_model
 from pyralis.models.surgery import accelerate, report
 from pyralis.verify.batches import LAYOUTS, Example, make_batches
@@ -95,3 +97,37 @@ def test_a_residual_stream_beyond_float16(name: str) -> None:
     assert report(model).fast_layers == 2, report(model).lines
     got, allowed = errors(fast, truth), errors(stock, truth)
     assert all(a <= 1.5 * b for a, b in zip(got, allowed)), (got, allowed)
+
+
+def outgrowing(name: str) -> Any:
+    """A float16 model whose embeddings and branches float16 holds, but not their sum."""
+    model = build_tiny_variant(name)
+    embeddings, peak = model.get_input_embeddings().weight.detach(), 6e4 / (8 if name.startswith("gemma") else 1)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(embeddings.clone())
+        model.get_input_embeddings().weight = torch.nn.Parameter(embeddings * (peak / embeddings.abs().max()))
+        for path, parameter in model.named_parameters():
+            if path.endswith("post_feedforward_layernorm.weight"):
+                parameter += 14_000
+            elif path.endswith("down_proj.weight") and name not in ("gemma2", "gemma3_text"):
+                parameter *= 20_000
+    return with_lora(model.half(), some=False)
+
+
+@pytest.mark.parametrize("name", [f.module.replace("gemma3", "gemma3_text") for f in SERVED if f.outgrows_float16])
+def test_a_float16_model_that_outgrows_float16(name: str) -> None:
+    """Stock yields NaN. Its errors over float32 embeddings, which make its residual stream float32, are the measure."""
+    inputs = BATCHES[0]
+    stock = outgrowing(name)
+    assert not math.isfinite(measure_stock(stock, inputs, torch.float16).loss)
+    truth = measure_truth(stock, inputs)
+    stock.get_input_embeddings().float()
+    allowed = errors(measure_stock(stock, inputs, torch.float16), truth)
+    model = outgrowing(name)
+    accelerate(model, families=EVERY)
+    fast = measure_fast(model, inputs, torch.float16)
+    assert report(model).fast_layers == 2, report(model).lines
+    got = errors(fast, truth)
+    assert all(a <= 1.5 * b for a, b in zip(got, allowed)), (got, allowed)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert model.get_base_model().model(**inputs.inputs, use_cache=False).last_hidden_state.dtype == torch.float16

@@ -17,6 +17,7 @@ from pyralis.api.saving import bind_methods
 from pyralis.errors import ModelError
 from pyralis.lora.attach import LoraSettings, attach_lora, count_parameters
 from pyralis.lora.changed_base import changes_base, keep_start
+from pyralis.models.float16_range import float16_warning
 from pyralis.models.surgery import accelerate, report
 from pyralis.models.swap import fast_modules
 
@@ -151,4 +152,6 @@ def _summarise(model: PeftModel) -> None:
     count = count_parameters(model)
     state = report(base_of(model)) if any(fast_modules(model)) else None
     layers = "all layers stock" if state is None else "; ".join(state.lines)
+    if (warning := float16_warning(base_of(model), 0 if state is None else state.fast_layers)) is not None:
+        notice(warning)
     notice(f"{count.trainable:,} of {count.total:,} parameters are trained ({100 * count.share:.2f} %); {layers}")

@@ -19,8 +19,8 @@ from pyralis.models.detect import Reason
 from pyralis.models.group_state import LayoutOptions, group_layout
 from pyralis.models.layer_state import look_again
 from pyralis.models.spec import LayerSpec
-from pyralis.models.workspace import ALIGNMENT
 from pyralis.models.wide_residual import stream_dtype
+from pyralis.models.workspace import ALIGNMENT
 from pyralis.ops._triton import Gpu
 from pyralis.ops.lora_group import LoraGroup
 

@@ -34,7 +34,7 @@ def block_forward(c: Context, x: Tensor, layout: AttentionLayout) -> tuple[Tenso
         return y, a
     branch, a.u4 = linear(down, a.product, matrix, c.rng)
     if spec.post_mlp_norm is not None:
-        a.d, branch = branch, torch.empty_like(branch)
+        a.d, branch = branch, torch.empty_like(branch, dtype=x.dtype)
         _, a.d_stats = norm_forward(spec.post_mlp_norm, c.state, a.d, branch)
     return torch.add(a.h, branch, alpha=spec.residual_multiplier), a
 
@@ -56,7 +56,7 @@ def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activa
     a.xa2 = project(group, a.heads, c.rng)
     branch, a.u2 = linear(group, a.heads, c.matrices[1], c.rng)
     if spec.post_attention_norm is not None:
-        a.o, branch = branch, torch.empty_like(branch)
+        a.o, branch = branch, torch.empty_like(branch, dtype=x.dtype)
         _, a.o_stats = norm_forward(spec.post_attention_norm, state, a.o, branch)
     if spec.residual_multiplier != 1:
         branch.mul_(spec.residual_multiplier)

@@ -30,6 +30,7 @@ class Family:
         dropouts: names of the layer's dropout modules.
         final_softcap: logits are capped by `config.final_logit_softcapping`, where that is a number.
         logits_scaling: logits are divided by `config.logits_scaling`.
+        outgrows_float16: its checkpoints' hidden states do (`wide_residual.py`).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Family:
     dropouts: tuple[str, ...] = ()
     final_softcap: bool = False
     logits_scaling: bool = False
+    outgrows_float16: bool = False
 
     @property
     def source(self) -> str:
@@ -61,16 +63,16 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family("Llama", "llama", "Llama"),
     Family("Mistral", "mistral", "Mistral", windows="config"),
-    Family("Qwen2", "qwen2", "Qwen2", windows="layer"),
-    Family("Qwen3", "qwen3", "Qwen3", windows="layer", qk_norm=True),
-    Family("Gemma", "gemma", "Gemma", unit_offset=True),
+    Family("Qwen2", "qwen2", "Qwen2", windows="layer", outgrows_float16=True),
+    Family("Qwen3", "qwen3", "Qwen3", windows="layer", qk_norm=True, outgrows_float16=True),
+    Family("Gemma", "gemma", "Gemma", unit_offset=True, outgrows_float16=True),
     Family(
         "Gemma 2", "gemma2", "Gemma2", unit_offset=True, four_norms=True, windows="layer", softcap=True,
-        final_softcap=True,
+        final_softcap=True, outgrows_float16=True,
     ),
     Family(
         "Gemma 3", "gemma3", "Gemma3", unit_offset=True, four_norms=True, windows="layer", qk_norm=True,
-        final_softcap=True,
+        final_softcap=True, outgrows_float16=True,
     ),
     Family(
         "Phi-3", "phi3", "Phi3", fused=True, windows="config", partial_rotary=True,

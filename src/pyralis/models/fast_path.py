@@ -31,6 +31,7 @@ from pyralis.models.real_tokens import RealTokens
 from pyralis.models.spec import LayerSpec
 from pyralis.models.swap import FAST_STATE, call_stock, stock_class
 from pyralis.models.unpadding import UNPADDED, Kept, find_real_tokens, padded_again, without_padding
+from pyralis.models.wide_residual import in_dtype, stream_dtype
 from pyralis.ops.attention_spec import AttentionLayout
 
 CALL = "pyralis_call"
@@ -49,12 +50,23 @@ class Call:
     """A call of the backbone, for its layers: how tokens lie, and the handles of those that are ready, by `id`.
 
     tokens: which ones are computed, where padding is left out; the angles that come are those of the padded call.
+    narrow: the dtype of the embeddings, where the residual stream is another (`wide_residual.py`).
     """
 
     layout: AttentionLayout
     handles: Mapping[int, Any]
+    is_whole: bool = False  # all layers are fast
     tokens: RealTokens | None = None
+    narrow: list[torch.dtype] = field(default_factory=list)
     _angles: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def stream(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """The hidden states in the dtype of the residual stream, where all layers are fast."""
+        dtype = stream_dtype(layer, hidden_states.dtype) if self.is_whole else hidden_states.dtype
+        if dtype == hidden_states.dtype:
+            return hidden_states
+        self.narrow.append(hidden_states.dtype)
+        return hidden_states.to(dtype)
 
     def angles(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the tokens that are computed; gathered once for all layers that get the same ones."""
@@ -102,11 +114,15 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return stock.forward(self, **arguments, **{CALL: call})
     # Nobody reads the mask. Stock takes a 4-D one as it is instead of making one.
     arguments["attention_mask"] = torch.empty((1, 1, 1, 1), device="meta")
-    tokens = find_real_tokens(self, arguments, call.layout)
+    call, tokens = replace(call, is_whole=True), find_real_tokens(self, arguments, call.layout)
+    if tokens is not None:
+        call = replace(call, layout=tokens.layout, tokens=tokens)
+        arguments = without_padding(arguments, tokens)
+    output = stock.forward(self, **arguments, **{CALL: call})
+    if call.narrow:
+        output = in_dtype(output, call.narrow[0])
     if tokens is None:
-        return stock.forward(self, **arguments, **{CALL: call})
-    call = replace(call, layout=tokens.layout, tokens=tokens)
-    output = stock.forward(self, **without_padding(arguments, tokens), **{CALL: call})
+        return output
     if kept is None:
         return padded_again(output, tokens)
     kept.tokens = tokens
@@ -119,7 +135,7 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     if call is None or block is None or (handle := call.handles.get(id(self))) is None:
         return call_stock(self, hidden_states, *args, **kwargs)
     cos, sin = call.angles(*kwargs["position_embeddings"])
-    return block.run(handle, hidden_states, cos, sin, call.layout, policy=save_policy(self))
+    return block.run(handle, call.stream(self, hidden_states), cos, sin, call.layout, policy=save_policy(self))
 
 
 def backbone_state(backbone: nn.Module) -> BackboneState:

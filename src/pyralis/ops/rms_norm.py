@@ -45,12 +45,17 @@ def supported(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
     return unsupported_tensors(x, weight, *others)
 
 
-def reference(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
-    """y of the equations above without a residual, as stock transformers rounds; float64 in, float64 out."""
+def reference(
+    x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """y of the equations above without a residual, as stock transformers rounds; float64 in, float64 out.
+
+    dtype: what Gemma's rounds to at the end; None: x's.
+    """
     n = x.to(at_least_float32(x.dtype))
     n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
     if unit_offset:
-        return (n * (1 + weight.to(n.dtype))).to(x.dtype)
+        return (n * (1 + weight.to(n.dtype))).to(dtype or x.dtype)
     return weight * n.to(x.dtype)
 
 
@@ -99,7 +104,7 @@ def rms_norm_forward(
             h.copy_(x + residual)
         wide = h.to(at_least_float32(h.dtype))
         rstd.copy_(torch.rsqrt(wide.square().mean(-1) + eps))
-        y.copy_(reference(h, weight, eps, unit_offset=unit_offset))
+        y.copy_(reference(h, weight, eps, unit_offset=unit_offset, dtype=y.dtype))
         out[:, N:].zero_()
         return RMSNormOutput(y, h, rstd)
     plan = RowLaunch.of(N)

@@ -22,6 +22,7 @@ from pyralis.errors import ConfigError, ModelError
 from pyralis.lora.attach import LoraSettings, ParameterCount, attach_lora, count_parameters
 from pyralis.lora.record import has_record, read_record
 from pyralis.models.dtype import choose_device, choose_dtype
+from pyralis.models.float16_range import float16_warning
 from pyralis.models.generation import settle_generation
 from pyralis.models.load import LoadedModel, ModelSettings, load_model
 from pyralis.models.rope_scaling import context_length
@@ -113,6 +114,8 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
         acceleration = report(model)  # asked again: the adapter may be of a kind that runs stock
     if config.acceleration == "on" and acceleration.fast_layers < len(acceleration.layers):
         logger.warning("acceleration: on, but %s", "; ".join(acceleration.lines))
+    if (warning := float16_warning(loaded.model, acceleration.fast_layers)) is not None:
+        logger.warning(warning)
     return PreparedModel(model, loaded, acceleration, count_parameters(model), notes)
 
 
