@@ -21,6 +21,8 @@ from pyralis.data.template import ChatTemplate, stop_token_ids
 from pyralis.errors import ConfigError, ModelError
 from pyralis.lora.attach import LoraSettings, ParameterCount, attach_lora, count_parameters
 from pyralis.lora.record import has_record, read_record
+from pyralis.memory.auto import follow_plan
+from pyralis.models.causal_lm import causal_lm_of
 from pyralis.models.dtype import choose_device, choose_dtype
 from pyralis.models.float16_range import float16_warning
 from pyralis.models.generation import settle_generation
@@ -30,10 +32,10 @@ from pyralis.models.surgery import AccelerationReport, accelerate, report
 from pyralis.models.tokenizer import load_tokenizer
 from pyralis.train.config import TrainConfig
 from pyralis.train.device_fit import CPU_OPTIMIZERS
+from pyralis.train.full_weights import bf16_update
 from pyralis.train.refusals import refusals_named
 
 logger = logging.getLogger(__name__)
-from pyralis.train.full_weights import bf16_update
 
 # Optimizers of a GPU, and what does the same arithmetic on a CPU.
 _CPU_OPTIMIZERS = {"adamw_torch_fused": "adamw_torch", **CPU_OPTIMIZERS}
@@ -83,15 +85,15 @@ def check_rows(data: BuiltData, arguments: TrainingArguments) -> None:
 
 def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
     """Load the model, see that the data fits it, put the fast path in, attach the adapter."""
+    half_weights = _half_weights(config)
     loaded = load_model(
         ModelSettings(
             config.model_name_or_path,
-    half_weights = _half_weights(config)
             train_mode=config.train_mode,
+            master_weights="float32" if half_weights is None else "compute",
             dtype=config.requested_dtype,  # type: ignore[arg-type]
             quant_type=config.quant_type,
             double_quant=config.double_quant,
-            master_weights="float32" if half_weights is None else "compute",
             attn_implementation=config.attn_implementation,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
@@ -110,6 +112,8 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
     else:
         stops = [] if prepared.template is None else stop_token_ids(prepared.template, prepared.tokenizer)
         settle_generation(loaded.model, stops, prepared.tokenizer.pad_token_id)
+    if config.gradient_checkpointing == "auto" and acceleration.fast_layers:
+        follow_plan(causal_lm_of(model))
     if acceleration.fast_layers:
         acceleration = report(model)  # asked again: the adapter may be of a kind that runs stock
     if config.acceleration == "on" and acceleration.fast_layers < len(acceleration.layers):
@@ -119,13 +123,6 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
     return PreparedModel(model, loaded, acceleration, count_parameters(model), notes)
 
 
-def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
-    """Raise if the model has no embedding for a token or a position of the data; note what is odd about the two.
-
-    Raises:
-        ModelError: token ids beyond the vocabulary (a tokenizer of another model).
-        ConfigError: rows longer than a learnt table of positions.
-    """
 def _half_weights(config: TrainConfig) -> str | None:
     """What there is to say of bfloat16 weights that are trained whole; None where weights are float32 or frozen."""
     dtype = choose_dtype(config.requested_dtype, choose_device()).dtype  # type: ignore[arg-type]
@@ -135,6 +132,13 @@ def _half_weights(config: TrainConfig) -> str | None:
     return f"bfloat16 weights, {how[update]}"
 
 
+def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
+    """Raise if the model has no embedding for a token or a position of the data; note what is odd about the two.
+
+    Raises:
+        ModelError: token ids beyond the vocabulary (a tokenizer of another model).
+        ConfigError: rows longer than a learnt table of positions.
+    """
     parts = [part for part in (prepared.data.train, prepared.data.eval) if part is not None]
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(prepared.tokenizer) > vocabulary and (highest := max(map(highest_token, parts))) >= vocabulary:
@@ -220,6 +224,8 @@ def training_arguments(config: TrainConfig) -> tuple[TrainingArguments, list[str
             arguments["optim"] = _CPU_OPTIMIZERS[optim]
             if "optim" in config.model_fields_set:
                 notes.append(f"optim: {optim} needs a GPU; {_CPU_OPTIMIZERS[optim]} does the same here")
+    if config.optimizer_in_bwd:
+        arguments["max_grad_norm"] = 0.0
     if checkpoints_layers(config, device):
         arguments[checkpointing_argument("gradient_checkpointing")] = True
         arguments.setdefault(checkpointing_argument("gradient_checkpointing_kwargs"), {"use_reentrant": False})
@@ -227,17 +233,15 @@ def training_arguments(config: TrainConfig) -> tuple[TrainingArguments, list[str
         arguments["eval_strategy"] = "no"
     arguments["prediction_loss_only"] = True
     arguments["label_names"] = ["labels"]
-    if config.optimizer_in_bwd:
-        arguments["max_grad_norm"] = 0.0
     with refusals_named():
         return TrainingArguments(**arguments), notes
 
 
 def checkpoints_layers(config: TrainConfig, device: torch.device) -> bool:
-    """Whether each layer is recomputed in the backward pass.
+    """Whether layers that no memory plan is made for are recomputed in the backward pass.
 
-    `full` always does. `auto` does on a GPU, whose memory is scarce, and not on a CPU, where it would cost a third of
-    the step for memory that is there.
+    `full`: all layers. `auto`: on a GPU, whose memory is scarce, those that run stock; not on a CPU, where it would
+    cost a third of the step for memory that is there.
     """
     return config.gradient_checkpointing == "full" or (
         config.gradient_checkpointing == "auto" and device.type == "cuda"
