@@ -121,6 +121,7 @@ def test_an_adapter_keeps_the_rope_that_it_was_trained_with(llama: Path, tmp_pat
 def test_an_adapter_on_the_hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_adapter(llama).save_pretrained(tmp_path / "adapter")
     there = {"adapter_config.json"}
+    monkeypatch.setattr(loading, "hub_is_cut_off", lambda: False)
     monkeypatch.setattr(loading, "file_exists", lambda name, file, **_: file in there)
     monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: str(tmp_path / "adapter"))
     model, _ = FastLanguageModel.from_pretrained("someone/adapter", None, "float32")
@@ -134,6 +135,9 @@ def test_an_adapter_on_the_hub(llama: Path, tmp_path: Path, monkeypatch: pytest.
     there.add("config.json")
     assert find("someone/model", None, HubOptions()) == "someone/model"
     monkeypatch.setattr(loading, "file_exists", offline)
+    assert find("someone/model", None, HubOptions()) == "someone/model"
+    monkeypatch.setattr(loading, "hub_is_cut_off", lambda: True)
+    monkeypatch.setattr(loading, "file_exists", lambda *_, **__: pytest.fail("asked without a connection"))
     assert find("someone/model", None, HubOptions()) == "someone/model"
 
 

@@ -186,6 +186,8 @@ def test_what_is_no_adapter(tmp_path: Path) -> None:
     base = make_tiny_model(tmp_path / "base")
     with pytest.raises(ModelError, match="is a whole model, not an adapter"):
         merge_adapter(base, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"There is no folder .*nothing; expected an adapter's folder"):
+        merge_adapter(tmp_path / "nothing", tmp_path / "out")
 
 
 def test_a_base_that_moved(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from pyralis.models import demo, download, fetch
 from pyralis.models.demo import DemoModel, Wheel
 from pyralis.models.download import SourceUnavailable
 from pyralis.models.fetch import MARKER, damage, fetch_model
+from pyralis.models.hub import HubOptions
 from pyralis.models.source import locate_model
 from tests.tiny import build_tiny_model, make_tiny_model
 
@@ -237,15 +239,29 @@ def test_modelscope(tiny: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(SourceUnavailable, match="pip install modelscope"):
         download.from_modelscope(tiny, tmp_path, lines.append)
     monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(download, "_answers", lambda url: False)
+    monkeypatch.setattr(download, "_probe", lambda url: False)
     with pytest.raises(SourceUnavailable, match="not reachable"):
         download.from_modelscope(tiny, tmp_path, lines.append)
 
 
 def test_an_unreachable_host_is_told_quickly() -> None:
     start = time.perf_counter()
-    assert not download._answers("http://127.0.0.1:9")
+    assert download._probe("http://127.0.0.1:9") is False
     assert time.perf_counter() - start < download.PROBE_SECONDS + 1
+
+
+def test_a_host_that_is_silent_is_slow_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "PROBE_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert download._probe(f"http://127.0.0.1:{silent.getsockname()[1]}") is None
+
+
+def test_without_a_connection_only_the_cache_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyralis.models.hub.hub_is_cut_off", lambda: True)
+    assert HubOptions().arguments("someone/model") == {"local_files_only": True}
+    assert HubOptions().arguments(str(tmp_path)) == {}
+    monkeypatch.setattr("pyralis.models.hub.hub_is_cut_off", lambda: False)
+    assert HubOptions().arguments("someone/model") == {}
 
 
 def test_a_full_disk(tiny: DemoModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from pyralis.api.saving import bind_methods
 from pyralis.errors import ModelError
 from pyralis.lora.attach import LoraSettings, attach_lora
 from pyralis.lora.record import TrainingRecord, has_record, read_record
+from pyralis.models.download import hub_is_cut_off
 from pyralis.models.dtype import DtypeName, check_dtype_name, choose_device, choose_dtype
 from pyralis.models.hub import HubOptions
 from pyralis.models.load import LoadedModel, ModelSettings, TrainMode, load_model, load_tokenizer
@@ -195,7 +196,7 @@ def _local_adapter(name: str, revision: str | None, hub: HubOptions) -> str:
     options: dict[str, Any] = {"cache_dir": hub.cache_dir, "revision": revision, "token": hub.token}
     cached = try_to_load_from_cache(name, "adapter_config.json", cache_dir=hub.cache_dir, revision=revision)
     if not isinstance(cached, str):
-        if hub.local_files_only:
+        if hub.local_files_only or hub_is_cut_off():
             return name
         try:
             if not file_exists(name, "adapter_config.json", revision=revision, token=hub.token):

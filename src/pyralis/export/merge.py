@@ -61,6 +61,8 @@ def merge_adapter(
     """
     adapter_dir, out = Path(adapter_dir), Path(out)
     check_target(out, overwrite=overwrite)
+    if not adapter_dir.is_dir():
+        raise ModelError(f"There is no folder {adapter_dir}; expected an adapter's folder.")
     source = locate_model(str(adapter_dir), base=base)
     if source.adapter is None:
         raise ModelError(f"{adapter_dir} is a whole model, not an adapter: there is nothing to merge.")

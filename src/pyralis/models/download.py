@@ -34,12 +34,19 @@ class SourceUnavailable(FetchError):
     """This source cannot give the model now; the next may."""
 
 
-@lru_cache(maxsize=1)
 def hub_is_reachable() -> bool:
     """Whether the Hugging Face hub (`HF_ENDPOINT`) answers; asked once per process, at most 4 s."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    return _answers(huggingface_hub.constants.ENDPOINT)
+    return _hub() is True
+
+
+def hub_is_cut_off() -> bool:
+    """Whether a request to the hub fails at once, for want of a name server or a route. A slow hub is not cut off."""
+    return _hub() is False
+
+
+@lru_cache(maxsize=1)
+def _hub() -> bool | None:
+    return False if huggingface_hub.constants.HF_HUB_OFFLINE else _probe(huggingface_hub.constants.ENDPOINT)
 
 
 def from_hub(model: DemoModel, folder: Path, report: Report) -> str:
@@ -54,7 +61,7 @@ def from_hub(model: DemoModel, folder: Path, report: Report) -> str:
 def from_modelscope(model: DemoModel, folder: Path, report: Report) -> str:
     if importlib.util.find_spec("modelscope") is None:
         raise SourceUnavailable("the package modelscope is not installed (`pip install modelscope`)")
-    if not _answers(MODELSCOPE_ENDPOINT):
+    if not _probe(MODELSCOPE_ENDPOINT):
         raise SourceUnavailable(f"{MODELSCOPE_ENDPOINT} is not reachable")
     report(f"downloading {model.modelscope} ({model.megabytes} MB) from {MODELSCOPE_ENDPOINT}")
     _download("modelscope", model.modelscope, folder)
@@ -116,23 +123,28 @@ def _download(library: str, name: str, folder: Path) -> None:
         raise SourceUnavailable(f"the download is not whole: {error}") from error
 
 
-def _answers(url: str) -> bool:
-    """Whether an HTTP server answers at all. In a thread: a name look-up has no timeout of its own."""
-    answered = threading.Event()
+def _probe(url: str) -> bool | None:
+    """Whether an HTTP server answers at all; None: not within 4 s. In a thread: a name look-up has no timeout of its
+    own."""
+    answers: list[bool] = []
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError:
-            pass  # an error status is an answer
-        except (OSError, ValueError):
-            return
-        answered.set()
+            answers.append(True)  # an error status is an answer
+        except TimeoutError:
+            pass
+        except (OSError, ValueError) as error:
+            if not isinstance(getattr(error, "reason", None), TimeoutError):
+                answers.append(False)
+        else:
+            answers.append(True)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
-    return answered.is_set()
+    return answers[0] if answers else None
 
 
 def _last_line(text: str) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from pyralis.models.download import hub_is_cut_off
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +18,9 @@ class HubOptions:
     cache_dir: str | None = None
     local_files_only: bool = False
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """As transformers takes them; what says nothing is left out."""
-        given = {"token": self.token, "cache_dir": self.cache_dir, "local_files_only": self.local_files_only or None}
+    def arguments(self, location: str) -> dict[str, Any]:
+        """As transformers takes them to load from `location`; what says nothing is left out. Without a connection only
+        the cache is asked: otherwise each file would be tried for half a minute, with a line about each try."""
+        cached_only = self.local_files_only or (not Path(location).exists() and hub_is_cut_off())
+        given = {"token": self.token, "cache_dir": self.cache_dir, "local_files_only": cached_only or None}
         return {name: value for name, value in given.items() if value is not None}

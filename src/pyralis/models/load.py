@@ -115,7 +115,7 @@ def load_model(
         "revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
         "use_safetensors": None if settings.allow_pickle_weights else True,
-        **settings.hub.arguments,
+        **settings.hub.arguments(source.path),
     }
     if source.gguf_file:
         options |= {"gguf_file": source.gguf_file, **gguf_options()}
@@ -183,7 +183,7 @@ def _load_config(source: ModelSource, settings: ModelSettings) -> PreTrainedConf
             source.path,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
-            **settings.hub.arguments,
+            **settings.hub.arguments(source.path),
             **({"gguf_file": source.gguf_file} if source.gguf_file else {}),
         )
     except OSError as error:

@@ -49,7 +49,7 @@ def load_tokenizer(
             location,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            **(hub or HubOptions()).arguments,
+            **(hub or HubOptions()).arguments(location),
             **options,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
