@@ -16,7 +16,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pyralis.data.collate import Collator
-from pyralis.train.lean import LEAN_METHODS, LeanTrainer, all_training, parameters_of
+from pyralis.train.lean import LEAN_METHODS, LeanTrainer
+from pyralis.train.module_walk import all_training, parameters_of
 from tests.tiny import build_tiny_model
 
 

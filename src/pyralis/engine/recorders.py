@@ -63,3 +63,18 @@ class CudaGraphs:
 def recorder_for(device: torch.device) -> Recorder | None:
     """None where nothing can be captured."""
     return CudaGraphs(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether a recording failed for want of memory. Ending the capture that it broke may have raised another error."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, torch.OutOfMemoryError):
+        found = found.__cause__ or found.__context__
+    return found is not None
+
+
+def first_line(error: BaseException) -> str:
+    """Of the first error: what follows from it tells less."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -34,6 +34,8 @@ def step_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
     if len(prepare_layers(backbone, state, copies=False)) != len(backbone.layers):
         return Reason("not all layers are fast")
     model = state.kept.weights
+    if model.take is not None:
+        return Reason("the optimizer steps in the backward")
     around = [t for module in (*outside, causal.lm_head) for t in (*module.parameters(), *module.buffers())]
     kind = model.layers[0].state.device.type
     return (

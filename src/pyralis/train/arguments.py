@@ -23,6 +23,13 @@ class LeanArguments:
             "choices": ["split", "stochastic", "nearest"],
         },
     )
+    cuda_graph: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: on a GPU the steps of a fast model are recorded and replayed (docs/step-graphs.md); off.",
+            "choices": ["auto", "off"],
+        },
+    )
     optimizer_in_bwd: bool = field(
         default=False,
         metadata={"help": "Update each layer as soon as its gradients are there; nothing is accumulated or clipped."},

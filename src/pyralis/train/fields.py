@@ -89,6 +89,10 @@ class OwnFields(BaseModel):
         "Pyralis's fast path. auto: wherever it is proven for the model; on: the same, and warn where not; off: stock.",
         default_text="auto, or what use_unsloth says",
     )
+    cuda_graph: Annotated[Literal["auto", "off"], OnOff] = _own(
+        "auto",
+        "auto: on a GPU the training steps of a fast model are recorded once and replayed; off: launched each time.",
+    )
     cache_dir: str | None = _own(None, "Folder for prepared data. null: pyralis/datasets in the user's cache folder.")
 
     rope_scaling: Annotated[Literal["auto", "off"], OnOff] = _own(

@@ -69,7 +69,7 @@ def flat_optimizer(
     kept = ("params", "lr", "betas", "eps", "weight_decay")
     groups = [{name: group[name] for name in kept} for group in optimizer.param_groups]
     base = trains_base(model)
-    parts = _flatten(model, parameters) if base or in_backward else _flat_as_they_are(parameters)
+    parts = _flatten(model, parameters)
     settings: dict[str, Any] = {
         "bits": _bits(optimizer), "in_32_bits": _embeddings(model) if _bits(optimizer) == 8 else (),
         "paged": base and _is_paged(optimizer), "seed": seed,
@@ -109,11 +109,6 @@ def trains_base(model: nn.Module) -> bool:
         p.requires_grad and prefix not in name and ".modules_to_save." not in name
         for name, p in model.named_parameters()
     )
-
-
-def _flat_as_they_are(parameters: Sequence[nn.Parameter]) -> list[Sequence[nn.Parameter]]:
-    flatten_parameters(parameters)
-    return []
 
 
 def _flatten(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Sequence[nn.Parameter]]:

@@ -21,11 +21,13 @@ from transformers import Trainer
 from pyralis.engine.backward_optimizer import BackwardAdamW
 from pyralis.engine.flat_parameters import to_host
 from pyralis.engine.optimizer import FlatAdamW, Rounding
+from pyralis.engine.step_graphs import CudaGraph, step_graphs
 from pyralis.errors import ConfigError
 from pyralis.memory.predict import Settings
 from pyralis.train.embedding_rate import embedding_parameters, give_learning_rate
 from pyralis.train.flat_optimizer import flat_optimizer, steps_in_backward, trains_base
 from pyralis.train.full_weights import check_steps_in_backward
+from pyralis.train.module_walk import all_training, parameters_of
 from pyralis.train.out_of_memory import retried, settings_of
 
 
@@ -38,6 +40,7 @@ class LeanTrainer(Trainer):
     - Gradients are clipped and cleared without walking through the modules' methods.
     - AdamW is one launch a step where that is the same arithmetic (`flat_optimizer`), its clipping included. Weights in
       bfloat16 it updates without losing what rounding to nearest does (`bf16_update`).
+    - On a GPU the steps of a fast model are replayed from CUDA graphs (`cuda_graph`).
     - Batches are copied to a GPU without waiting where they are in pinned memory.
     - A micro-batch that does not fit is computed again under a more frugal memory plan (`out_of_memory.py`).
     - TRL's telemetry is off.
@@ -52,6 +55,7 @@ class LeanTrainer(Trainer):
         self.embedding_learning_rate: float | None = getattr(self.args, "embedding_learning_rate", None)
         self.bf16_update: Rounding = getattr(self.args, "bf16_update", "split")
         self.optimizer_in_bwd: bool = getattr(self.args, "optimizer_in_bwd", False)
+        self.cuda_graph: CudaGraph = getattr(self.args, "cuda_graph", "auto")
 
     def _send_telemetry(self) -> None:
         """Of TRL's trainers: nothing is sent."""
@@ -72,6 +76,8 @@ class LeanTrainer(Trainer):
             self._filters_losses = self._wanted_filter
             try:
                 with ExitStack() as self._run:
+                    if self._is_replicated and self.args.n_gpu <= 1 and not self.args.torch_compile:
+                        self._run.enter_context(step_graphs(self._trained, self.cuda_graph))
                     return super().train(*args, **kwargs)
             finally:
                 self._run = None
@@ -211,32 +217,3 @@ class _ZeroGrad:
 # Attributes of the model's instance while it is trained by a LeanTrainer. They are objects that hold the module, not
 # closures: a copy of the model that somebody makes meanwhile has its own.
 LEAN_METHODS = {"train": _TrainMode, "zero_grad": _ZeroGrad}
-
-
-def all_training(model: nn.Module) -> bool:
-    """Whether every module in `model` is in training mode."""
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is not None:
-            if not module.training:
-                return False
-            if module._modules:
-                stack += module._modules.values()
-    return True
-
-
-def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """As `list(model.parameters())`, in a fifth of the time."""
-    found: dict[int, nn.Parameter] = {}
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is not None:
-            if module._parameters:
-                for parameter in module._parameters.values():
-                    if parameter is not None:
-                        found.setdefault(id(parameter), parameter)
-            if module._modules:
-                stack += reversed(module._modules.values())
-    return list(found.values())

@@ -31,4 +31,5 @@ def make_trainer(
         trainer = PyralisTrainer(model.model, arguments, Collator.for_tokenizer(prepared.tokenizer), **common)
     trainer.bf16_update = "stochastic" if config.bf16_update == "stochastic" else "split"
     trainer.optimizer_in_bwd = config.train_mode == "full" and config.optimizer_in_bwd
+    trainer.cuda_graph = config.cuda_graph
     return trainer

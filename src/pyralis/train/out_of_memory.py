@@ -21,6 +21,7 @@ from pyralis.memory.predict import Settings
 from pyralis.models.causal_lm import causal_lm_of, causal_state
 from pyralis.models.swap import is_fast
 from pyralis.ops.adamw_8bit import State8bit
+from pyralis.train.module_walk import parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Before:
 
     @classmethod
     def of(cls, model: nn.Module) -> Before:
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters = [p for p in parameters_of(model) if p.requires_grad]
         device = next(model.parameters()).device
         gradients = [p.grad for p in parameters]
         buffers = {id(b): b for g in gradients if g is not None for b in [g if g._base is None else g._base]}
