@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,17 @@ def test_predictions_are_near_an_h100(
     assert made.seconds.total * 1e3 == pytest.approx(ms, rel=0.15)
     if gib is not None:
         assert made.memory.allocated / GIB == pytest.approx(gib, rel=0.05)
+
+
+def test_the_page_has_these_figures() -> None:
+    page = (Path(__file__).parents[2] / "docs/plan.md").read_text(encoding="utf-8")
+    for batch, policy, resident, recorded, ms, gib in MEASURED:
+        made = fixed_plan(
+            shape_of("llama3-8b"), Batch(*batch), policy, H100, replace(EIGHT_BIT, recorded=recorded), resident=resident
+        )
+        words = policy + (", matrices kept" if resident else "") + (", recorded" if recorded else "")
+        figures = f"{made.seconds.total * 1e3:.0f} | {ms:.0f} | {made.memory.allocated / GIB:.2f} | {gib or '-'}"
+        assert f"| {batch[0]} x {batch[1]} | {words} | {figures} |" in page
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -49,12 +49,17 @@ class Device:
     allocated: int
 
 
+def margin(total: int) -> int:
+    """Bytes of a device's memory that no plan takes."""
+    return max(MARGIN_BYTES, int(MARGIN_SHARE * total))
+
+
 def look_at(device: torch.device) -> Device | None:
     """What is free now and what the allocator holds; None without a GPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    usable = free + torch.cuda.memory_reserved(device) - max(MARGIN_BYTES, int(MARGIN_SHARE * total))
+    usable = free + torch.cuda.memory_reserved(device) - margin(total)
     return Device(device_rates(device), usable, torch.cuda.memory_allocated(device))
 
 

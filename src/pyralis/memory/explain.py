@@ -53,6 +53,23 @@ def memory_rows(plan: Plan) -> list[tuple[str, int]]:
     ]
 
 
+def second_rows(plan: Plan) -> list[tuple[str, float]]:
+    """(part, seconds) of a micro-batch, without those that take nothing."""
+    names = {
+        "products": "products",
+        "attention": "attention",
+        "elementwise": "norms, RoPE, act(gate) * up",
+        "adapters": "LoRA's own products",
+        "dequantisation": "making matrices of 4-bit weights",
+        "head": "head and loss",
+        "optimizer": "optimizer",
+        "transfers": "waiting for inputs from the host",
+        "launches": "waiting for the CPU",
+    }
+    found = [(words, getattr(plan.seconds, name)) for name, words in names.items()]
+    return [(words, seconds) for words, seconds in found if seconds > 0]
+
+
 def summary(plan: Plan) -> str:
     """One line: for a log."""
     batch = plan.batch

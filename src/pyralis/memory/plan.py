@@ -9,6 +9,7 @@ is free again, so what it holds for a moment costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +18,8 @@ from pyralis.memory.gpus import GpuRates
 from pyralis.memory.predict import CHUNKS, Memory, Option, Predictor, Settings
 from pyralis.memory.shape import ModelShape
 from pyralis.models.policy import SavePolicy
+
+_SMALLEST = list(CHUNKS)[-1]
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ def plan(model: ModelShape, batch: Batch, budget: int, rates: GpuRates, settings
     if found:
         _, options, chunk = min(found, key=lambda each: each[0])
         return _made(predictor, options, chunk, budget)
-    least = tuple(Option("offload_input") for _ in model.layers)
-    return _made(predictor, least, list(CHUNKS)[-1], budget)
+    return _made(predictor, _least(model), _SMALLEST, budget)
 
 
 def fixed_plan(
@@ -64,6 +66,10 @@ def fixed_plan(
     predictor = Predictor(model, batch, rates, Settings() if settings is None else settings)
     options = tuple(Option(policy, resident and layer.made) for layer in model.layers)
     return _made(predictor, options, None, budget)
+
+
+def _least(model: ModelShape) -> tuple[Option, ...]:
+    return tuple(Option("offload_input") for _ in model.layers)
 
 
 def _made(predictor: Predictor, options: tuple[Option, ...], chunk: int | None, budget: int) -> Plan:
@@ -125,3 +131,22 @@ def _hull(cost: dict[Option, tuple[int, float]]) -> list[tuple[float, int, Optio
 def _rate(cost: dict[Option, tuple[int, float]], a: Option, b: Option) -> float:
     """Seconds saved per byte from a to b."""
     return (cost[a][1] - cost[b][1]) / max(cost[b][0] - cost[a][0], 1)
+
+
+def largest(
+    make: Callable[[int], Batch], model: ModelShape, budget: int, rates: GpuRates, settings: Settings, *, most: int
+) -> int:
+    """The largest n up to `most` for which the batch `make(n)` fits with the most frugal plan; 0 if 1 does not."""
+
+    def fits(n: int) -> bool:
+        predictor = Predictor(model, make(n), rates, settings)
+        return predictor.memory(_least(model), _SMALLEST).reserved <= budget
+
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -107,13 +107,12 @@ def layer_work(layer: LayerShape, batch: Batch, rates: GpuRates) -> Work:
 
 
 class Predictor:
-    """Predictions for one model, batch and GPU; layers that are alike are worked out once."""
+    """Predictions for one model, batch and GPU; layers that are one object in a shape are worked out once."""
 
     def __init__(self, model: ModelShape, batch: Batch, rates: GpuRates, settings: Settings) -> None:
         self.model, self.batch, self.rates, self.settings = model, batch, rates, settings
-        known: dict[LayerShape, Work] = {}
-        self.works = [known.setdefault(s, layer_work(s, batch, rates) if s not in known else known[s])
-                      for s in model.layers]  # fmt: skip
+        works = {id(shape): layer_work(shape, batch, rates) for shape in {id(s): s for s in model.layers}.values()}
+        self.works = [works[id(shape)] for shape in model.layers]
         self.outside = outside_seconds(model, batch, rates, settings.accumulation)
         self._head = lru_cache(lambda chunk: head_bytes(model, batch.tokens, batch.learnt, chunk))
         self._standing = lru_cache(lambda resident: standing_bytes(model, resident, settings.moments))

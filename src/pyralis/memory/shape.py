@@ -142,13 +142,15 @@ def describe_model(
     Raises ModelError where a layer runs stock, with the reason: what stock keeps is not known.
     """
     embedded = causal.get_input_embeddings().weight.dtype if assumed is None else assumed.dtype
-    shapes = []
+    shapes: list[LayerShape] = []
+    known: dict[LayerShape, LayerShape] = {}  # layers that are alike are one object
     for index, layer in enumerate(layers):
         found = look_again(layer)[1]
         if isinstance(found, Reason):
             raise ModelError(f"layer {index} runs stock ({found}), and what it keeps is not known")
         residual = stream_dtype(layer, embedded).itemsize
-        shapes.append(_layer(layer, found, gpu, residual, assumed, autocast))
+        shape = _layer(layer, found, gpu, residual, assumed, autocast)
+        shapes.append(known.setdefault(shape, shape))
     head = causal.get_output_embeddings()
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = {id(p): p for p in causal.parameters() if id(p) not in inside}
