@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora.config import KasaConfig
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -106,6 +107,36 @@ def test_a_packed_layer_cannot_be_trained_whole(tmp_path: Path) -> None:
     model = load_model(ModelSettings(str(make_tiny_model(tmp_path)), "qlora", dtype="float32")).model
     with pytest.raises(ModelError, match="is in 4 bits and cannot be trained whole"):
         attach_lora(model, LoraSettings(modules_to_save=("gate_proj",)))
+
+
+def test_an_orthogonal_start_on_packed_layers(tmp_path: Path) -> None:
+    """Which PEFT casts to the weights' integer dtype."""
+    model = load_model(ModelSettings(str(make_tiny_model(tmp_path)), "qlora", dtype="float32")).model
+    before = model(IDS).logits
+    tuned = attach_lora(model, LoraSettings(rank=4, init_lora_weights="orthogonal"))
+    assert tuned.peft_config["default"].init_lora_weights == "orthogonal"
+    for layer in (module for module in tuned.modules() if hasattr(module, "lora_A")):
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert A.dtype == B.dtype == torch.float32
+        assert A.norm() > 0.1
+        assert B.norm() > 0.1
+        torch.testing.assert_close(B @ A, torch.zeros(B.shape[0], A.shape[1]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tuned(IDS).logits, before, rtol=1e-4, atol=1e-5)
+    model = load_model(ModelSettings(str(tmp_path), "qlora", dtype="float32")).model
+    with pytest.raises(ModelError, match=r"the rank of .*q_proj is 3: take an even one"):
+        attach_lora(model, LoraSettings(rank=3, init_lora_weights="orthogonal"))
+
+
+def test_a_variant_that_peft_would_pass_over(tmp_path: Path) -> None:
+    model = load_model(ModelSettings(str(make_tiny_model(tmp_path)), "qlora", dtype="float32")).model
+    with pytest.raises(ModelError, match="kasa_config would have no effect"):
+        attach_lora(model, LoraSettings(rank=4, more={"kasa_config": KasaConfig()}))
+
+
+def test_loftq_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyralis.lora.attach.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="needs the package scipy: pip install scipy"):
+        attach_lora(build_tiny_model(), LoraSettings(init_lora_weights="loftq", may_change_base=True))
 
 
 class TestContinuing:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from pyralis.errors import ModelError
 from pyralis.lora.adapter import load_adapter
 from pyralis.lora.changed_base import changes_base
+from pyralis.lora.orthogonal import start_orthogonally
 from pyralis.models.nf4 import four_bit_layers
 
 __all__ = ["LoraSettings", "ParameterCount", "attach_lora", "count_parameters", "find_linear_targets"]
@@ -88,6 +90,7 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, *, adapter: Path
         targets = _check_names(model, settings)
         _warn_of_fused_experts(model)
         modules = dict(model.named_modules())
+        by_us = settings.init_lora_weights == "orthogonal" and bool(four_bit_layers(model))
         try:
             config = LoraConfig(
                 task_type="CAUSAL_LM",
@@ -98,7 +101,7 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, *, adapter: Path
                 bias=settings.bias,
                 use_rslora=settings.use_rslora,
                 use_dora=settings.use_dora,
-                init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]
+                init_lora_weights=by_us or settings.init_lora_weights,  # type: ignore[arg-type]
                 modules_to_save=list(settings.modules_to_save) or None,
                 fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in _matching(modules, targets)),
                 **settings.more,
@@ -106,6 +109,10 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, *, adapter: Path
             tuned = get_peft_model(model, config)  # type: ignore[assignment]
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ModelError(f"LoRA cannot be put on this model: {error}") from error
+        _check_variant(tuned, config)
+        if by_us:
+            start_orthogonally(tuned)
+            config.init_lora_weights = "orthogonal"
     for parameter in tuned.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
@@ -188,7 +195,19 @@ def _check_names(model: PreTrainedModel, settings: LoraSettings) -> list[str] | 
     return targets
 
 
+def _check_variant(model: PeftModel, config: LoraConfig) -> None:
+    """PEFT passes over some variants of LoRA on quantised layers without a word."""
+    wanted = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
+    if wanted and not any(getattr(module, "lora_variant", None) for module in model.modules()):
+        raise ModelError(
+            f"{' and '.join(wanted)} would have no effect: PEFT does not have it for the layers of this model. Load "
+            "the model without quantisation, or leave it out."
+        )
+
+
 def _check_start(model: nn.Module, start: InitLora) -> None:
+    if start == "loftq" and find_spec("scipy") is None:
+        raise ModelError("init_lora_weights is 'loftq', for which PEFT needs the package scipy: pip install scipy")
     quantised = ("Linear4bit", "Linear8bitLt")
     if changes_base(start) and any(type(module).__name__ in quantised for module in model.modules()):
         raise ModelError(

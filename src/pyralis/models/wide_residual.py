@@ -1,8 +1,8 @@
 """Residual streams that outgrow float16, whose largest number is 65,504.
 
-Gemma's and Qwen's hidden states do, in some tokens and features, and stock makes a loss of NaN of it. Where such a model
-computes in float16 (V100, T4) and all of its layers are fast, the stream between them is float32: products stay in
-float16, a layer keeps 2 bytes more for each feature of its input and of the stream between attention and MLP.
+Gemma's and Qwen's hidden states do, in some tokens and features, and stock makes a loss of NaN of it. Where such a
+model computes in float16 (V100, T4) and all of its layers are fast, the stream between them is float32: products stay
+in float16, a layer keeps 2 bytes more for each feature of its input and of the stream between attention and MLP.
 """
 
 from __future__ import annotations
