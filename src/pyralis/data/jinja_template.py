@@ -160,13 +160,11 @@ class JinjaTemplate(ChatTemplate):
         prompt = self._prompt(messages[:position], True)
         core = _squeeze(messages[position].content)
         if prompt is not None and text.startswith(prompt) and len(prompt) <= (end if start is None else start):
-            bare = self._prompt(messages[:position], False)
             between = text[len(prompt) : end if start is None else start]
-            if start is None or not between.strip() or prompt != bare:
+            if prompt.endswith(" ") or (start is not None and between.strip()):
+                start = self._start_behind(prompt, self._prompt(messages[:position], False), start, between)
+            else:
                 start = len(prompt)
-                if bare is not None and prompt != bare:
-                    # A space at the prompt's end goes into the first token of the answer.
-                    start = max(len(prompt.rstrip(" ")), min(len(bare), start))
         written = "" if start is None else _squeeze(text[start:end])
         if start is None or not written.endswith(core):
             raise TemplateError(
@@ -175,6 +173,17 @@ class JinjaTemplate(ChatTemplate):
                 'each such answer is the last, set loss_on to "last_turn", or set template_name to a named template.'
             )
         return start, end
+
+    @staticmethod
+    def _start_behind(prompt: str, bare: str | None, start: int | None, between: str) -> int | None:
+        """Where the answer starts behind `prompt`, which is `bare` and a generation prompt; `between` it and the
+        content at `start` stands what the model writes first."""
+        if start is not None and between.strip() and prompt == bare:
+            return start
+        if bare is None or prompt == bare:
+            return len(prompt)
+        # A space at the prompt's end goes into the first token of the answer.
+        return max(len(prompt.rstrip(" ")), min(len(bare), len(prompt)))
 
     # The stop text
 

@@ -154,6 +154,7 @@ def _read_arrow(path: Path, on_bad: OnBad | None) -> Iterator[tuple[Row, Source]
 def _read_batches(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[tuple[Row, Source]]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # offsets that a damaged file leads out of its memory would end the process
         for row in batch.to_pylist():
             number += 1
             yield row, Source(str(path), number)

@@ -24,13 +24,14 @@ from pyralis.train.checksums import write_checksums
 from pyralis.train.fast_loss import FastLossTrainer
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
 from pyralis.train.refusals import refusals_named
+from pyralis.train.sampling import GroupedRows
 from pyralis.train.save_errors import save_errors_named
 from pyralis.train.token_counts import TokenCounts
 
 COUNTS_NAME = "pyralis_counts.json"
 
 
-class PyralisTrainer(FastLossTrainer):
+class PyralisTrainer(GroupedRows, FastLossTrainer):
     """`transformers.Trainer` for causal language models, at a fraction of its CPU time (`LeanTrainer`).
 
     - The loss of an optimizer step is the sum over its supervised tokens divided by their number, whatever the split
