@@ -9,7 +9,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from pyralis.train.metric_rows import Metric
+from pyralis.train.format import loss_text
+from pyralis.train.metric_rows import EvalMetrics, Metric
 from pyralis.train.panel import FinalInfo, StartupInfo, final_panel, startup_panel
 from pyralis.train.summary import summarise
 
@@ -98,3 +99,13 @@ def test_a_long_command_goes_on_below_its_beginning() -> None:
     lines = [line for line in drawn(final_panel(info), 60).splitlines() if "--m" in line or "your" in line]
     assert len(lines) == 2
     assert {len(line) - len(line.lstrip("│ ")) for line in lines} == {4}
+
+
+def test_one_evaluation_is_one_value(history: list[Metric]) -> None:
+    evals = [row for row in history if isinstance(row, EvalMetrics)]
+    once = [row for row in history if row not in evals[1:]]
+    text = drawn(final_panel(FinalInfo(summarise(once), Path("output/run"))), 80)
+    line = next(line for line in text.splitlines() if "eval loss" in line)
+    assert loss_text(evals[0].loss) in line
+    assert "→" not in line
+    assert "lowest" not in line

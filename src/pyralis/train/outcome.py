@@ -87,7 +87,8 @@ def _mode_text(config: TrainConfig, model: PreparedModel) -> str:
     name = "QLoRA" if config.train_mode == "qlora" else "LoRA"
     lora = model.model.peft_config[model.model.active_adapter]  # load_adapter brings its own settings
     kind = "DoRA, " if lora.use_dora else "rsLoRA, " if lora.use_rslora else ""
-    return f"{name} ({kind}rank {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g})"
+    dropout = 0.0 if config.task_type == "dpo" else lora.lora_dropout  # the reference has none
+    return f"{name} ({kind}rank {lora.r}, alpha {lora.lora_alpha:g}, dropout {dropout:g})"
 
 
 def _quantization_text(config: TrainConfig, model: PreparedModel) -> str | None:

@@ -106,12 +106,13 @@ def final_panel(info: FinalInfo) -> RenderableType:
     table = _table()
     _add(table, "loss", f"{loss_text(summary.first_loss)} → {loss_text(summary.last_loss)}")
     if summary.last_eval_loss is not None:
-        change = f"{loss_text(summary.first_eval_loss)} → {loss_text(summary.last_eval_loss)}"
+        change = _change(loss_text(summary.first_eval_loss), loss_text(summary.last_eval_loss))
         best = f"lowest {loss_text(summary.best_eval_loss)} at step {summary.best_eval_step}"
-        _add(table, "eval loss", _joined(change, best if summary.best_eval_step is not None else None))
+        several = summary.best_eval_step is not None and "→" in change
+        _add(table, "eval loss", _joined(change, best if several else None))
     if (rewards := summary.rewards) is not None:
-        right = f"{percent_text(rewards.first_accuracy)} → {percent_text(rewards.last_accuracy)} right"
-        margin = f"margin {rewards.first_margin:.3g} → {rewards.last_margin:.3g}"
+        right = f"{_change(percent_text(rewards.first_accuracy), percent_text(rewards.last_accuracy))} right"
+        margin = f"margin {_change(f'{rewards.first_margin:.3g}', f'{rewards.last_margin:.3g}')}"
         _add(table, "rewards", _joined(right, margin, "on the evaluation data" if rewards.evaluated else None))
     _add(table, "time", _joined(duration_text(summary.seconds), number_of(summary.steps, "step")))
     if summary.supervised_tokens_per_second is not None and summary.total_tokens_per_second is not None:
@@ -139,6 +140,11 @@ def final_panel(info: FinalInfo) -> RenderableType:
             parts += [Padding(Text(command, "cyan", overflow="fold"), (0, 0, 0, 2))]
             parts += [Padding(Text(purpose, "dim"), (0, 0, 0, 6))]
     return _panel(Group(*parts), "Pyralis · done", MOOD_STYLE[summary.verdict.mood])
+
+
+def _change(first: str, last: str) -> str:
+    """first → last, or the one value of a run that was evaluated once."""
+    return last if first == last else f"{first} → {last}"
 
 
 def _batch_text(info: StartupInfo) -> Text:
