@@ -16,9 +16,10 @@ from pyralis.engine.step_graphs import WARM_UP, use_step_graphs
 from pyralis.models.causal_lm import causal_lm_loss, causal_lm_of
 from pyralis.models.checkpointing import choose_save_policy
 from pyralis.models.policy import SavePolicy
-from pyralis.models.surgery import decoder_layers, restore
-from tests.engine.steps import batch, gradients, graphs, loss_of, make, run, same
+from pyralis.models.surgery import accelerate, decoder_layers, restore
+from tests.engine.steps import SIZES, batch, gradients, graphs, loss_of, make, run, same
 from tests.models.fast_models import padding_computed
+from tests.tiny import build_tiny_variant
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "packed"])
@@ -218,6 +219,20 @@ def test_what_is_not_recorded_says_why(device: torch.device) -> None:
     assert use_step_graphs(model, "off") is None
     restore(model)
     assert use_step_graphs(model, recorder=Rerun()) is None
+
+
+@pytest.mark.parametrize("variant", ["llama-dynamic-rope", "phi3-longrope"])
+def test_rope_that_a_longer_row_changes(device: torch.device, variant: str) -> None:
+    """A bucket's padding would: the step runs as it is."""
+    model = build_tiny_variant(variant, **SIZES)
+    accelerate(model)
+    model.to(device).train()
+    engine = graphs(model, device)
+    inputs = batch(device)
+    values = [run(model, inputs) for _ in range(WARM_UP + 1)]
+    assert "longest position" in str(engine.reason)
+    use_step_graphs(model, "off")
+    assert values == [run(model, inputs)] * (WARM_UP + 1)
 
 
 def test_a_copy_records_for_itself(device: torch.device) -> None:

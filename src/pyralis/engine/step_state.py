@@ -30,6 +30,8 @@ def step_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
     for module in (backbone, *outside, causal.lm_head):
         if (hook := _odd_hook(module)) is not None:
             return Reason(f"{type(module).__name__} has a hook, {hook}, which a recorded step would not call")
+    if (rope := _stretched_rope(backbone)) is not None:
+        return Reason(f"RoPE of kind {rope}, whose angles depend on the longest position, of padding too")
     state = backbone_state(backbone)
     if len(prepare_layers(backbone, state, copies=False)) != len(backbone.layers):
         return Reason("not all layers are fast")
@@ -44,6 +46,15 @@ def step_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
         tuple(save_policy(layer) for layer in backbone.layers), causal.training,
         torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind),
     )  # fmt: skip
+
+
+def _stretched_rope(backbone: Any) -> str | None:
+    """The kind of rotary positions that a longer row changes for all of its tokens."""
+    kinds = getattr(getattr(backbone, "rotary_emb", None), "rope_type", None)
+    for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+            return kind
+    return None
 
 
 def _odd_hook(module: nn.Module) -> str | None:
