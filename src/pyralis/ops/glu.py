@@ -160,7 +160,7 @@ def glu_backward(
 
 
 @triton.jit
-def _activate(g, ACTIVATION: tl.constexpr):
+def activate_tile(g, ACTIVATION: tl.constexpr):
     """(act(g), act'(g)) in float32."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(g)
@@ -191,7 +191,7 @@ def _forward_kernel(
     mask = col < SIZE
     g = tl.load(gate + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activate(g, ACTIVATION)
+    value, _ = activate_tile(g, ACTIVATION)
     store_as(out + row * out_stride + col, round_to(value, gate.dtype.element_ty) * u, mask)
     if P > 0 and tl.program_id(1) == 0:
         extra = tl.arange(0, BLOCK_P)
@@ -209,7 +209,7 @@ def _backward_kernel(
     d = tl.load(dh + row * dh_stride + col, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
-    value, slope = _activate(g, ACTIVATION)
+    value, slope = activate_tile(g, ACTIVATION)
     if h_out is not None:
         store_as(h_out + row * h_stride + col, round_to(value, gate.dtype.element_ty) * u, mask)
     store_as(dgate + row * dgate_stride + col, d * u * slope, mask)

@@ -28,7 +28,7 @@ def columns_tile(t, row, T, stride, first, RANK: tl.constexpr, BLOCK_R: tl.const
 
 
 @triton.jit
-def _A_tile(A, col, stride, first, K: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+def A_tile(A, col, stride, first, K: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
     """A_j [BLOCK_R, columns], from row `first` on."""
     r = tl.arange(0, BLOCK_R)
     mask = (r < RANK)[:, None] & (col < K)[None, :]
@@ -60,13 +60,13 @@ def project_kernel(
         inside = (row < T)[:, None] & (col < K)[None, :]
         value = operand(tl.load(x + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0))
         keep = keep_tile(seed, draw, stream, threshold, row, first, BLOCK_T, BLOCK_K)
-        acc0 += tl.dot(_kept(keep, value), tl.trans(_A_tile(A, col, A_stride, 0, K, RANK, BLOCK_R)))
+        acc0 += tl.dot(_kept(keep, value), tl.trans(A_tile(A, col, A_stride, 0, K, RANK, BLOCK_R)))
         if COUNT > 1:
             keep = keep_tile(seed, draw, stream + 1, threshold, row, first, BLOCK_T, BLOCK_K)
-            acc1 += tl.dot(_kept(keep, value), tl.trans(_A_tile(A, col, A_stride, RANK, K, RANK, BLOCK_R)))
+            acc1 += tl.dot(_kept(keep, value), tl.trans(A_tile(A, col, A_stride, RANK, K, RANK, BLOCK_R)))
         if COUNT > 2:
             keep = keep_tile(seed, draw, stream + 2, threshold, row, first, BLOCK_T, BLOCK_K)
-            acc2 += tl.dot(_kept(keep, value), tl.trans(_A_tile(A, col, A_stride, 2 * RANK, K, RANK, BLOCK_R)))
+            acc2 += tl.dot(_kept(keep, value), tl.trans(A_tile(A, col, A_stride, 2 * RANK, K, RANK, BLOCK_R)))
     inside = (row < T)[:, None] & (r < RANK)[None, :]
     for j in tl.static_range(COUNT):
         acc = acc0 if j == 0 else (acc1 if j == 1 else acc2)
@@ -93,9 +93,9 @@ def grad_kernel(
     first = tl.program_id(0) * BLOCK_K
     col = first + tl.arange(0, BLOCK_K)
     seed, draw = tl.load(rng), tl.load(rng + 1)
-    a0 = _A_tile(A, col, A_stride, 0, K, RANK, BLOCK_R)
-    a1 = _A_tile(A, col, A_stride, RANK, K, RANK, BLOCK_R) if COUNT > 1 else a0
-    a2 = _A_tile(A, col, A_stride, 2 * RANK, K, RANK, BLOCK_R) if COUNT > 2 else a0
+    a0 = A_tile(A, col, A_stride, 0, K, RANK, BLOCK_R)
+    a1 = A_tile(A, col, A_stride, RANK, K, RANK, BLOCK_R) if COUNT > 1 else a0
+    a2 = A_tile(A, col, A_stride, 2 * RANK, K, RANK, BLOCK_R) if COUNT > 2 else a0
     acc0 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     acc1 = acc0
     acc2 = acc0

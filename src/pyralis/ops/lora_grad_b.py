@@ -61,7 +61,7 @@ def grad_B(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Part:
+class Part:
     """Adapters that one launch serves, and how their features are cut into strips."""
 
     run: Run
@@ -73,22 +73,24 @@ class _Part:
     tile: Tile
     block_r: int
 
-
-@lru_cache
-def _parts(group: LoraGroup, gpu: Gpu) -> tuple[_Part, ...]:
-    found = []
-    for run in (whole.part(i, TOGETHER) for whole in group.runs for i in range(0, whole.count, TOGETHER)):
+    @classmethod
+    def of(cls, group: LoraGroup, run: Run, tile: Tile) -> Part:
+        """run: at most `TOGETHER` adapters of the group."""
         members = group.adapted[run.first : run.first + run.count]
         three = tuple(members[min(i, len(members) - 1)] for i in range(TOGETHER))
-        sizes, plan = tuple(group.projections[j].out_features for j in members), DotLaunch.of(run.like.rank)
+        sizes = tuple(group.projections[j].out_features for j in members)
         bounds = (*(group.rows[j].start for j in three), *(group.rows[j].stop for j in three))
-        tile = plan.grad_B_on(gpu)
         strips = tuple(cdiv(n, tile.columns) for n in sizes)
-        found.append(_Part(run, members, three, sizes, strips, bounds, tile, plan.block_r))
-    return tuple(found)
+        return cls(run, members, three, sizes, strips, bounds, tile, DotLaunch.of(run.like.rank).block_r)
 
 
-def _fuses(part: _Part, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors) -> bool:
+@lru_cache
+def _parts(group: LoraGroup, gpu: Gpu) -> tuple[Part, ...]:
+    runs = [whole.part(i, TOGETHER) for whole in group.runs for i in range(0, whole.count, TOGETHER)]
+    return tuple(Part.of(group, run, DotLaunch.of(run.like.rank).grad_B_on(gpu)) for run in runs)
+
+
+def _fuses(part: Part, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors) -> bool:
     if not reads_dy_once(part.run.like.rank) or not dB:
         return False
     stride = _given(B, part.members[0]).stride()
@@ -100,30 +102,41 @@ def _fuses(part: _Part, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tenso
 
 
 def _both(
-    group: LoraGroup, part: _Part, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors, alpha: float,
+    group: LoraGroup, part: Part, dy: Tensor, B: Tensors, xa: Tensor, t: Tensor, dB: Tensors, alpha: float,
     accumulate: bool, copy: Tensor | None,
 ) -> None:  # fmt: skip
-    run, members, three, sizes, strips = part.run, part.members, part.three, part.sizes, part.strips
-    rank, T, device, tile = run.like.rank, dy.shape[0], dy.device, part.tile
-    count, features = sum(strips), sum(sizes)
+    run, three, tile = part.run, part.three, part.tile
+    rank, T, device = run.like.rank, dy.shape[0], dy.device
+    count, features = sum(part.strips), sum(part.sizes)
     splits = tile.splits(count, cdiv(T, 4 * tile.block_t), 1, gpu_of(device).sm_count)
     t_parts = torch.empty((count, T, rank), dtype=torch.float32, device=device)
     dB_parts = torch.empty((splits, features, rank), dtype=torch.float32, device=device)
     launch(
         _grad_B_kernel, (count, splits),
         dy, *(B[j] for j in three), xa[:, run.columns], copy, t_parts, dB_parts,
-        T, span_of(T, tile.block_t, splits) * tile.block_t, strips[0], sum(strips[:2]), features, *part.bounds,
-        dy.stride(0), _given(B, three[0]).stride(0), xa.stride(0), 0 if copy is None else copy.stride(0),
+        T, span_of(T, tile.block_t, splits) * tile.block_t, part.strips[0], sum(part.strips[:2]), features,
+        *part.bounds, dy.stride(0), _given(B, three[0]).stride(0), xa.stride(0), 0 if copy is None else copy.stride(0),
         device=device, num_warps=tile.warps, num_stages=tile.stages,
-        RANK=rank, COUNT=len(members), BLOCK_T=tile.block_t, BLOCK_N=tile.columns, BLOCK_R=part.block_r,
+        RANK=rank, COUNT=len(part.members), BLOCK_T=tile.block_t, BLOCK_N=tile.columns, BLOCK_R=part.block_r,
     )  # fmt: skip
+    add_up(group, part, t_parts, dB_parts, t, dB, alpha, accumulate)
+
+
+def add_up(
+    group: LoraGroup, part: Part, t_parts: Tensor, dB_parts: Tensor, t: Tensor, dB: Tensors, alpha: float,
+    accumulate: bool,
+) -> None:  # fmt: skip
+    """t's columns of the part, alpha times the sum of t_parts [strips, T, r] over each projection's own, zeros after
+    the last; dB_j = or += the sum of dB_parts [splits, features, r] over splits. All float32 but t."""
+    run, members, three, sizes, strips = part.run, part.members, part.three, part.sizes, part.strips
+    rank, T = run.like.rank, t.shape[0]
     pad = t.shape[1] - group.rank if members[-1] == group.adapted[-1] else 0
     t_tiles, most = cdiv(T * rank, SUM_BLOCK), cdiv(max(sizes) * rank, SUM_BLOCK)
     launch(
         _sum_both_kernel, (max(t_tiles + most, cdiv(T * pad, SUM_BLOCK)), len(members) + (pad > 0)),
         t_parts, dB_parts, t[:, run.column :], *(dB[j] for j in three),
-        T, t_tiles, splits, strips[0], sum(strips[:2]), count, features, *part.bounds, t.stride(0), alpha,
-        device=device, num_warps=4,
+        T, t_tiles, len(dB_parts), strips[0], sum(strips[:2]), sum(strips), sum(sizes), *part.bounds, t.stride(0),
+        alpha, device=t.device, num_warps=4,
         RANK=rank, COUNT=len(members), PAD=pad, ADD=accumulate, BLOCK=SUM_BLOCK, AT_ONCE=AT_ONCE,
     )  # fmt: skip
 

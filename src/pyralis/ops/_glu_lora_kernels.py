@@ -1,0 +1,137 @@
+"""The kernels of `glu_lora.py`, with `tl.dot`. Shapes: T tokens, SIZE intermediate features, RANK of each adapter.
+
+Products take the values that are stored: rounded to the dtype, as separate kernels would read them again.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from pyralis.ops._triton import round_to, store_as, tl, triton
+from pyralis.ops.glu import activate_tile
+from pyralis.ops.lora_dropout_kernels import A_tile, columns_tile, operand
+
+
+@triton.jit
+def _tile(at, row, stride, col, inside):
+    return tl.load(at + row[:, None] * stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _anchored(x, inside):
+    """x, which is zero outside already. Without this a product's operand would be computed from loads in the layout
+    that the product wants, once more for each product: the compiler does not move a layout over what has no load."""
+    return tl.where(inside, x, 0.0)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    return round_to(x, dtype).to(dtype)
+
+
+@triton.jit
+def _stored(at, row, stride, col, inside, value):
+    """float32 `value`, rounded and stored; what a product takes of it."""
+    rounded = _rounded(value, at.dtype.element_ty)
+    tl.store(at + row[:, None] * stride + col[None, :], rounded, mask=inside)
+    return operand(rounded)
+
+
+@triton.jit
+def _B_tile(B, feature, stride, SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[features, BLOCK_R]"""
+    r = tl.arange(0, BLOCK_R)
+    mask = (feature < SIZE)[:, None] & (r < RANK)[None, :]
+    return operand(tl.load(B + feature[:, None].to(tl.int64) * stride + r[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def _store_rows(at, row, rows, value, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """value [rows, BLOCK_R] into float32 [rows, RANK] at `at`."""
+    r = tl.arange(0, BLOCK_R)
+    tl.store(at + row[:, None] * RANK + r[None, :], value, mask=(row < rows)[:, None] & (r < RANK)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "span"])
+def glu_lora_backward_kernel(
+    dh, gate, B_gate, B_up, xa, t_down, t_parts, dB_parts, dA_parts, T, span,
+    dh_stride, stride, B_stride, xa_stride, t_stride,
+    SIZE: tl.constexpr, RANK: tl.constexpr, UP_COLUMN: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A strip of features and a span of tokens. None: B_gate, B_up without an adapter there, t_down without down's.
+
+    up lies behind gate in rows `stride` apart. Parts of t and dB are laid out as `lora_grad_b` adds them up, gate's and
+    then up's; those of dA are [splits, RANK, SIZE].
+    """
+    GATE: tl.constexpr = B_gate is not None
+    UP: tl.constexpr = B_up is not None
+    DOWN: tl.constexpr = t_down is not None
+    strip, split = tl.program_id(0), tl.program_id(1)
+    feature = strip * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    up = gate + SIZE
+    up_strip = strip + (tl.num_programs(0) if GATE else 0)
+    dB_gate = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    dB_up = dB_gate
+    dA = dB_gate  # transposed: products of many rows are spread over warps
+    for token in range(split * span, min(T, (split + 1) * span), BLOCK_T):
+        row = tl.arange(0, BLOCK_T).to(tl.int64) + token
+        inside = (row < T)[:, None] & (feature < SIZE)[None, :]
+        d = _tile(dh, row, dh_stride, feature, inside)
+        g = _anchored(_tile(gate, row, stride, feature, inside), inside)
+        u = _tile(up, row, stride, feature, inside)
+        value, slope = activate_tile(g, ACTIVATION)
+        dgate = _stored(gate, row, stride, feature, inside, d * u * slope)
+        dup = _stored(up, row, stride, feature, inside, d * value)
+        if DOWN:
+            dtype: tl.constexpr = gate.dtype.element_ty
+            h = operand(_rounded(round_to(value, dtype) * u, dtype))
+            dA += tl.dot(tl.trans(h), columns_tile(t_down, row, T, t_stride, 0, RANK, BLOCK_R))
+        if GATE:  # B is loaded again and again: what a loop does not change is kept in registers
+            b = _B_tile(B_gate, feature, B_stride, SIZE, RANK, BLOCK_R)
+            dB_gate += tl.dot(tl.trans(dgate), columns_tile(xa, row, T, xa_stride, 0, RANK, BLOCK_R))
+            _store_rows(t_parts + strip * T.to(tl.int64) * RANK, row, T, tl.dot(dgate, b), RANK, BLOCK_R)
+        if UP:
+            b = _B_tile(B_up, feature, B_stride, SIZE, RANK, BLOCK_R)
+            dB_up += tl.dot(tl.trans(dup), columns_tile(xa, row, T, xa_stride, UP_COLUMN, RANK, BLOCK_R))
+            _store_rows(t_parts + up_strip * T.to(tl.int64) * RANK, row, T, tl.dot(dup, b), RANK, BLOCK_R)
+    split = split.to(tl.int64)
+    if GATE:
+        _store_rows(dB_parts + split * ((1 + UP) * SIZE * RANK), feature, SIZE, dB_gate, RANK, BLOCK_R)
+    if UP:
+        at = dB_parts + (split * (1 + GATE) + GATE) * (SIZE * RANK)
+        _store_rows(at, feature, SIZE, dB_up, RANK, BLOCK_R)
+    if DOWN:
+        at = dA_parts + split * (RANK * SIZE) + r[None, :] * SIZE + feature[:, None]
+        tl.store(at, dA, mask=(feature < SIZE)[:, None] & (r < RANK)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "span"])
+def glu_lora_forward_kernel(
+    gate, A, out, partial, T, span, stride, A_stride, out_stride, alpha,
+    SIZE: tl.constexpr, RANK: tl.constexpr, PAD: tl.constexpr, BLOCK_P: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens and `span` blocks of features: h, and what of xa they yield, without `partial` all of it."""
+    split = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    up = gate + SIZE
+    xa = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    for block in range(split * span, min(tl.cdiv(SIZE, BLOCK_N), (split + 1) * span)):
+        feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (row < T)[:, None] & (feature < SIZE)[None, :]
+        g = _anchored(_tile(gate, row, stride, feature, inside), inside)
+        u = _tile(up, row, stride, feature, inside)
+        value, _ = activate_tile(g, ACTIVATION)
+        h = _stored(out, row, out_stride, feature, inside, round_to(value, gate.dtype.element_ty) * u)
+        xa += tl.dot(h, tl.trans(A_tile(A, feature, A_stride, 0, SIZE, RANK, BLOCK_R)))
+    r = tl.arange(0, BLOCK_R)
+    at = out + row[:, None] * out_stride + SIZE
+    if partial is None:
+        store_as(at + r[None, :], xa * alpha, (row < T)[:, None] & (r < RANK)[None, :])
+    else:
+        _store_rows(partial + split * T.to(tl.int64) * RANK, row, T, xa, RANK, BLOCK_R)
+    if PAD > 0 and split == 0:
+        extra = tl.arange(0, BLOCK_P)
+        zeros = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
+        store_as(at + RANK + extra[None, :], zeros, (row < T)[:, None] & (extra < PAD)[None, :])
