@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from pyralis.memory.auto import Device, Planner, chunk_of, follow_plan, forget_plan, planner_of
+from pyralis.memory.auto import Planner, chunk_of, follow_plan, forget_plan, planner_of
 from pyralis.memory.calibrate import keep_rates, measure_rates, read_rates
 from pyralis.memory.cost import Batch
-from pyralis.memory.gpus import GpuRates
 from pyralis.memory.plan import fixed_plan
 from pyralis.memory.shape import describe_model
 from pyralis.models.causal_lm import causal_lm_loss
@@ -24,9 +22,9 @@ from pyralis.models.residency import is_resident
 from pyralis.models.surgery import accelerate, decoder_layers
 from pyralis.ops._triton import Gpu
 from pyralis.train.out_of_memory import retried
+from tests.memory.pretend import RATES, Full, pretended
 from tests.tiny import build_tiny_model
 
-RATES = GpuRates("pretended", 1 << 34, 1e12, 1e14, 1e10, launch_seconds=0.0)
 IDS = torch.arange(4, 68).view(2, 32)
 
 
@@ -35,10 +33,6 @@ def build(**config: Any) -> Any:
     tuned = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
     accelerate(tuned)
     return tuned.train()
-
-
-def pretended(budget: int) -> Callable[[torch.device], Device]:
-    return lambda device: Device(RATES, budget, 0)
 
 
 def bytes_of(model: Any, tokens: int, policy: Any = "keep") -> int:
@@ -163,26 +157,6 @@ def test_a_small_chunk_of_logits_reaches_the_head() -> None:
 # ---- out of memory ----
 
 
-class Full:
-    """Out of memory in the backward of the first layer, whose gradients come last, while it keeps more than allowed."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, allowed: set[str]) -> None:
-        import pyralis.models.block as block
-
-        self.failures = 0
-        whole = block.block_backward
-
-        def backward(c: Any, a: Any, x: Any, layout: Any, flat: Any, dy: Any, policy: Any) -> Any:
-            first = c.state.qkv.stream == 0
-            if first and policy not in allowed:
-                self.failures += 1
-                dy.fill_(torch.nan)
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-            return whole(c, a, x, layout, flat, dy, policy)
-
-        monkeypatch.setattr(block, "block_backward", backward)
-
-
 def micro_steps(model: Any, seed: int) -> None:
     """Two micro-batches of one step, with dropout."""
     torch.manual_seed(seed)
@@ -222,7 +196,7 @@ def test_what_cannot_go_down_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     full = Full(monkeypatch, set())
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         retried(model, lambda: loss_of(model).backward())
-    assert 2 <= full.failures < 30
+    assert 2 <= full.failures <= 5
     assert POLICIES[-1] in planner.plan.policies
     assert all(p.grad is None for p in model.parameters())
 

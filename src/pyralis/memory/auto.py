@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 PLANNER = "_pyralis_planner"
 MARGIN_BYTES, MARGIN_SHARE = 256 << 20, 0.01  # of the device's memory that are left alone
-# When memory ran out: one of so many parts of what a plan takes above the least is given up, and never less than that.
-NOTCHES, NOTCH_BYTES = 8, 16 << 10
 LOGIT_BYTES = 14  # of a logit that stock makes and learns from: half precision, three times float32
 REMOVED = 0.8  # padding is taken for removed below this share of real tokens
 
@@ -89,17 +87,22 @@ class Planner:
         if (made := self._made(causal, batch, self.limit)) is not None:
             self._follow(causal, made)
 
-    def notch_down(self, causal: Any) -> bool:
-        """Plan for less memory than was planned with; False where that is the least already."""
+    def notch_down(self, causal: Any, failures: int = 0) -> bool:
+        """Plan for less memory than was planned with; False where that is the least already.
+
+        failures: of the same micro-batch before this one; each doubles what is given up.
+        """
         before = self.plan
         if before is None or (frugal := self._made(causal, before.batch, 0)) is None:
             return False
-        least, limit, made = frugal.memory.reserved, before.memory.reserved, before
-        while limit > least and _choice(made) == _choice(before):
-            limit = max(least, limit - max((limit - least) // NOTCHES, NOTCH_BYTES))
+        most, least = before.memory.reserved, frugal.memory.reserved
+        for share in (2.0**power for power in range(failures - 3, 1)):
+            limit = int(most - share * (most - least))
             made = self._made(causal, before.batch, limit) or frugal
-        if _choice(made) == _choice(before):
-            made = frugal  # no less by prediction, but less it is
+            if _choice(made) != _choice(before):
+                break
+        else:
+            made, limit = frugal, least  # no less by prediction, but less it is
         if _choice(made) == _choice(before):
             return False
         self.limit = limit

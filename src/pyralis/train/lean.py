@@ -23,12 +23,11 @@ from pyralis.engine.flat_parameters import to_host
 from pyralis.engine.optimizer import FlatAdamW, Rounding
 from pyralis.engine.step_graphs import CudaGraph, step_graphs
 from pyralis.errors import ConfigError
-from pyralis.memory.predict import Settings
 from pyralis.train.embedding_rate import embedding_parameters, give_learning_rate
 from pyralis.train.flat_optimizer import flat_optimizer, steps_in_backward, trains_base
 from pyralis.train.full_weights import check_steps_in_backward
 from pyralis.train.module_walk import all_training, parameters_of
-from pyralis.train.out_of_memory import retried, settings_of
+from pyralis.train.out_of_memory import retried
 
 
 class LeanTrainer(Trainer):
@@ -107,11 +106,10 @@ class LeanTrainer(Trainer):
             if name not in vars(model):
                 vars(model)[name] = method(model)
         step = partial(super().training_step, model, *args, **kwargs)
-        loss: Tensor = step() if self.optimizer_in_bwd else retried(model, step, self._memory_settings)
+        loss: Tensor = step() if self.optimizer_in_bwd else retried(
+            model, step, self.optimizer, self.args.gradient_accumulation_steps
+        )  # fmt: skip
         return self._filtered(loss) if self._filters_losses else loss
-
-    def _memory_settings(self) -> Settings:
-        return settings_of(self.optimizer, self.args.gradient_accumulation_steps)
 
     def _filtered(self, loss: Tensor) -> Tensor:
         """The loss, or where it is not finite the mean since the last log line, as Trainer has it, without reading."""

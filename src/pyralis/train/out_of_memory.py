@@ -1,6 +1,7 @@
 """A micro-batch that did not fit, again under a more frugal memory plan: nothing is lost.
 
-Only where a model follows a plan (`memory/auto.py`): what a user has chosen by hand is not changed. Gradients and the
+Only where a model follows a plan (`memory/auto.py`): what a user has chosen by hand is not changed; and in one process,
+for others would wait for parts of gradients that this one has sent already. Gradients and the
 random state are put back to where they were before the micro-batch, and recorded steps are given up.
 """
 
@@ -8,8 +9,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from pyralis.memory.auto import Planner, planner_of
 from pyralis.memory.explain import gib
 from pyralis.memory.predict import Settings
+from pyralis.models.block import is_distributed
 from pyralis.models.causal_lm import causal_lm_of, causal_state
 from pyralis.models.swap import is_fast
 from pyralis.ops.adamw_8bit import State8bit
@@ -29,20 +32,24 @@ Result = TypeVar("Result")
 MOST_SHARE = 16  # gradients of more than this part of a GPU's memory are not copied
 
 
-def retried(model: Any, step: Callable[[], Result], settings: Callable[[], Settings] = Settings) -> Result:
+def retried(model: Any, step: Callable[[], Result], optimizer: Any = None, accumulation: int = 1) -> Result:
     """`step()`, a forward and backward of `model` as it is wrapped; again while it runs out of memory and the plan can
-    be more frugal. settings: what the first plan is made with.
+    be more frugal.
+
+    optimizer: of all that is trained, None where it is not known. accumulation: micro-batches of its steps.
 
     Raises torch.OutOfMemoryError where it cannot, or where gradients accumulated so far are lost.
     """
     causal = causal_lm_of(model)
     planner = planner_of(causal)
-    if planner is None:
+    if planner is None or is_distributed():
         return step()
     if planner.plan is None:
-        planner.settings = settings()
-    before = Before.of(causal)
-    while True:
+        planner.settings = settings_of(optimizer, accumulation)
+    groups = getattr(optimizer, "param_groups", ())
+    trained = [p for group in groups for p in group["params"]] or [p for p in parameters_of(causal) if p.requires_grad]
+    before = Before.of(trained)
+    for failures in count():
         try:
             return step()
         except torch.OutOfMemoryError as error:
@@ -55,7 +62,8 @@ def retried(model: Any, step: Callable[[], Result], settings: Callable[[], Setti
             )
             raise failure
         _give_back(causal)
-        _go_down(planner, causal, failure)
+        _go_down(planner, causal, failure, failures)
+    raise AssertionError("unreachable")
 
 
 def settings_of(optimizer: Any, accumulation: int) -> Settings:
@@ -76,9 +84,9 @@ def _give_back(causal: nn.Module) -> None:
         torch.cuda.empty_cache()
 
 
-def _go_down(planner: Planner, causal: nn.Module, failure: torch.OutOfMemoryError) -> None:
+def _go_down(planner: Planner, causal: nn.Module, failure: torch.OutOfMemoryError, failures: int) -> None:
     planned = planner.plan
-    if not planner.notch_down(causal):
+    if not planner.notch_down(causal, failures):
         raise failure
     assert planned is not None
     assert planner.plan is not None
@@ -92,7 +100,7 @@ def _go_down(planner: Planner, causal: nn.Module, failure: torch.OutOfMemoryErro
 class Before:
     """What a micro-batch changes: gradients and random states, as they were."""
 
-    parameters: list[nn.Parameter]
+    parameters: Sequence[Tensor]
     gradients: list[Tensor | None]
     copies: list[tuple[Tensor, Tensor]] | None  # (buffer, what it held); None: too large to be copied
     cpu: Tensor
@@ -100,9 +108,8 @@ class Before:
     device: torch.device
 
     @classmethod
-    def of(cls, model: nn.Module) -> Before:
-        parameters = [p for p in parameters_of(model) if p.requires_grad]
-        device = next(model.parameters()).device
+    def of(cls, parameters: Sequence[Tensor]) -> Before:
+        device = parameters[0].device
         gradients = [p.grad for p in parameters]
         buffers = {id(b): b for g in gradients if g is not None for b in [g if g._base is None else g._base]}
         copies: list[tuple[Tensor, Tensor]] | None = []

@@ -186,7 +186,7 @@ def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
 def _data_size(config: TrainConfig) -> DataSize | None:
     """Tokenised if the tokenizer is here (what was tokenised before is found again), else guessed."""
     try:
-        rows = prepare_data(config).data.train
+        rows: Any = prepare_data(config).data.train  # a stream has no length
         return DataSize(int(sum(rows.data["length"].to_pylist())), True, longest_sequence(rows))
     except (PyralisError, OSError, AttributeError):
         pass
