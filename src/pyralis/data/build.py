@@ -12,6 +12,7 @@ import numpy as np
 
 from pyralis.data.encode import Encoder
 from pyralis.data.examples import columns_of, encode_sources
+from pyralis.data.groups import mixed_rows
 from pyralis.data.left_out import LEFT_OUT_NAME, LeftOutList
 from pyralis.data.pack import Ids, PackedRow, bin_pack, pack_documents, pack_examples, position_ids
 from pyralis.data.progress import OnProgress
@@ -71,6 +72,9 @@ def build_files(
             f"{common.rows:,} of {len(held):,} evaluation rows are training rows too ({common}): their loss "
             "says nothing about new text. Take them out of one of the two."
         )
+    if settings.weights:
+        kept, notes = mixed_rows(rows, kept, train_tally.seen, settings)
+        warnings += notes
     report = _report(train_tally, rows, kept, folder / "train.arrow", encoder, warnings, eval_report)
     for name in ("examples.arrow", "eval_examples.arrow"):
         (folder / name).unlink(missing_ok=True)
@@ -110,7 +114,7 @@ def _report(
 ) -> DataReport:
     """Write the chosen rows, packed where the settings say so, and report on them."""
     written = _write(path, rows, indices, encoder)
-    repeated = duplicates(tally.seen, indices) if len(tally.seen) == len(rows) else Repeats(0, ())
+    repeated = duplicates(tally.seen, np.unique(indices)) if len(tally.seen) == len(rows) else Repeats(0, ())
     if repeated.rows:
         notes = f"{repeated.rows:,} rows are the same as an earlier one ({repeated}): they count as often as they come"
         warnings = [*warnings, f"{notes}. Remove them, unless that is meant."]

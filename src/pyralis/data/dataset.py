@@ -18,6 +18,7 @@ from pyralis.data.build import build_files
 from pyralis.data.cache import REPORT_NAME, build_once, cache_key, cache_root, file_digest
 from pyralis.data.encode import Encoder
 from pyralis.data.files import HubDataset, resolve_files
+from pyralis.data.groups import source_groups
 from pyralis.data.left_out import LEFT_OUT_NAME
 from pyralis.data.progress import OnProgress, about_rows
 from pyralis.data.read import load_hub, read_file, read_hub
@@ -25,6 +26,7 @@ from pyralis.data.report import DataReport
 from pyralis.data.settings import DataSettings, TaskType
 from pyralis.data.sources import DataSource
 from pyralis.data.store import read_dataset
+from pyralis.data.stream import DocumentStream
 from pyralis.data.template import ChatTemplate, resolve_template
 from pyralis.errors import DataError
 
@@ -41,12 +43,17 @@ class BuiltData:
     (`store.PAIR_COLUMNS`). `digest` is of the content of the training files; `left_out` is the list of the rows that
     were left out (`left_out.LeftOutList`), None where there are none."""
 
-    train: Dataset
+    train: Dataset | DocumentStream
     eval: Dataset | None
     report: DataReport
     from_cache: bool
     digest: str
     left_out: Path | None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether `train` is a stream (`stream.DocumentStream`), which has no length."""
+        return not isinstance(self.train, Dataset)
 
 
 def build_dataset(
@@ -71,6 +78,8 @@ def build_dataset(
     train = _open(settings.files, settings)
     evaluation = _open(settings.eval_files, settings) if settings.eval_files else []
     contents = [(source.name, source.digest) for source in train]
+    if settings.weights:
+        contents += [(f"group {n}", str(len(group))) for n, group in enumerate(source_groups(settings.files, settings))]
     digest = hashlib.sha256("".join(source.digest for source in train).encode()).hexdigest()
     contents += [("eval", ""), *((source.name, source.digest) for source in evaluation)]
     root = cache_root(settings.cache_dir)

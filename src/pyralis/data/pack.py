@@ -45,21 +45,27 @@ def pack_documents(
     parts: list[Ids] = []
     room = max_length
     for document in documents:
-        ids = np.asarray(document, dtype=np.int32)
-        if eos_token_id is not None and (len(ids) == 0 or ids[-1] != eos_token_id):
-            ids = np.append(ids, np.int32(eos_token_id))
+        ids = closed(np.asarray(document, dtype=np.int32), eos_token_id)
         while len(ids):
             parts.append(ids[:room])
             ids, room = ids[room:], room - len(parts[-1])
             if room == 0:
-                yield _text_row(parts)
+                yield text_row(parts)
                 parts, room = [], max_length
     # a lone token predicts nothing
     if sum(map(len, parts)) > 1:
-        yield _text_row(parts)
+        yield text_row(parts)
 
 
-def _text_row(parts: list[Ids]) -> PackedRow:
+def closed(ids: Ids, eos_token_id: int | None) -> Ids:
+    """A document with an EOS behind it, where it does not end with one (None: as it is)."""
+    if eos_token_id is None or (len(ids) and ids[-1] == eos_token_id):
+        return ids
+    return np.append(ids, np.int32(eos_token_id))
+
+
+def text_row(parts: list[Ids]) -> PackedRow:
+    """Parts of documents one behind the other; every token is learnt but the first."""
     input_ids = np.concatenate(parts)
     labels = input_ids.copy()
     labels[0] = IGNORED

@@ -36,6 +36,10 @@ class Seen:
     def digests(self) -> NDArray[np.uint64]:
         return np.frombuffer(self._digests, np.uint64) if self._digests else np.empty(0, np.uint64)
 
+    def file_numbers(self) -> NDArray[np.int64]:
+        """Of each row, which of `files` it is from."""
+        return np.array(self._files, np.int64)
+
     def source(self, index: int) -> Source:
         return Source(self.files[self._files[index]], self._rows[index])
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pyralis.data.mixture import Stop
 from pyralis.data.types import LossOn
 
 TaskType = Literal["pretrain", "sft", "dpo"]
@@ -35,6 +36,9 @@ class DataSettings:
             any case.
         eval_split: share of the training examples held out, drawn with `seed`; not together with eval_files.
         max_samples: take only the first rows of the training data.
+        weights: of the entries of `files`, shares of the tokens (`mixture.py`); empty: all as they come.
+        stop: where an epoch of a mixture ends.
+        streaming: pretraining text read while it is trained on (`stream.py`), shuffled in blocks of `buffer_size` rows.
         num_workers: processes that tokenise, at most; the result does not depend on it.
         cache_dir: holds `datasets/`; by default $PYRALIS_CACHE, else $XDG_CACHE_HOME/pyralis, else ~/.cache/pyralis.
     """
@@ -53,6 +57,10 @@ class DataSettings:
     split: str = "train"
     eval_split: float = 0.0
     max_samples: int | None = None
+    weights: tuple[float, ...] = ()
+    stop: Stop = "all_exhausted"
+    streaming: bool = False
+    buffer_size: int = 1024
     num_workers: int = 1
     seed: int = 42
     cache_dir: str | None = None
@@ -79,6 +87,10 @@ class DataSettings:
             split=config.dataset_split,
             eval_split=config.eval_split,
             max_samples=config.max_samples,
+            weights=tuple(config.source_weights or ()),
+            stop=config.stopping_strategy,
+            streaming=config.streaming,
+            buffer_size=config.stream_buffer_size,
             num_workers=config.tokenize_num_workers,
             seed=config.seed if config.dataset_seed is None else config.dataset_seed,
             cache_dir=config.cache_dir,

@@ -37,6 +37,11 @@ class Batching:
             processes,
         )
 
+    @property
+    def rows(self) -> int:
+        """That `max_steps` take, of data without end."""
+        return self.max_steps * self.accumulation * self.micro_batch * self.processes
+
     def steps(self, rows: int) -> tuple[int, float]:
         """(optimizer steps, epochs) as the Trainer will count them."""
         batch = self.micro_batch * self.processes

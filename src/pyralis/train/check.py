@@ -10,6 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pyralis.train.check_dpo import DPO_FIELDS, dpo_rule
 from pyralis.train.check_files import files_rule, model_rule
+from pyralis.train.check_sources import sources_rule
 from pyralis.train.findings import Finding, note, unused
 from pyralis.train.full_weights import full_rule
 from pyralis.train.suggest import did_you_mean
@@ -40,6 +41,7 @@ def _precision(config: TrainConfig) -> Iterator[Finding]:
 
 
 def _task(config: TrainConfig) -> Iterator[Finding]:
+    yield from sources_rule(config)
     task = config.task_type
     if task == "dpo":
         if config.packing:

@@ -10,6 +10,7 @@ from pyralis.data.collate import Collator
 from pyralis.train.config import TrainConfig
 from pyralis.train.dpo_run import PreferenceTrainer, dpo_loss
 from pyralis.train.setup import PreparedData, PreparedModel, base_name
+from pyralis.train.stream_trainer import StreamTrainer
 from pyralis.train.trainer import PyralisTrainer
 
 
@@ -28,7 +29,8 @@ def make_trainer(
     if config.task_type == "dpo":
         trainer = PreferenceTrainer(model.model, arguments, loss=dpo_loss(config), config=config, **common)
     else:
-        trainer = PyralisTrainer(model.model, arguments, Collator.for_tokenizer(prepared.tokenizer), **common)
+        kind = StreamTrainer if prepared.data.is_stream else PyralisTrainer
+        trainer = kind(model.model, arguments, Collator.for_tokenizer(prepared.tokenizer), **common)
     trainer.bf16_update = "stochastic" if config.bf16_update == "stochastic" else "split"
     trainer.optimizer_in_bwd = config.train_mode == "full" and config.optimizer_in_bwd
     trainer.cuda_graph = config.cuda_graph

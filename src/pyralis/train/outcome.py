@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 
 from pyralis.data.report import DataReport
 from pyralis.data.stats import Batching, BatchStats
@@ -51,7 +52,9 @@ def describe_start(
     if report.eval is not None:
         data.append(DataLine("eval", report.eval.sequences, report.eval.tokens, report.eval.supervised_tokens))
     arguments = trainer.args
-    steps, epochs = Batching.of(arguments, arguments.world_size).steps(len(prepared.data.train))
+    batching = Batching.of(arguments, arguments.world_size)
+    rows = prepared.data.train
+    steps, epochs = batching.steps(len(rows) if isinstance(rows, Dataset) else batching.rows)
     memory = "layers recomputed in the backward pass" if checkpoints_layers(config, model.loaded.device) else ""
     return StartupInfo(
         model=config.model_name_or_path,

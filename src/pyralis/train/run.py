@@ -51,17 +51,11 @@ from pyralis.train.outcome import (
     write_outcome,
 )
 from pyralis.train.panel import final_panel, startup_panel
+from pyralis.train.prepared_data import check_rows
 from pyralis.train.refusals import refusals_named
 from pyralis.train.report import SampleAnswer
 from pyralis.train.save_errors import save_errors_named
-from pyralis.train.setup import (
-    PreparedData,
-    PreparedModel,
-    check_rows,
-    prepare_data,
-    prepare_model,
-    training_arguments,
-)
+from pyralis.train.setup import PreparedData, PreparedModel, prepare_data, prepare_model, training_arguments
 from pyralis.train.summary import RunSummary, summarise
 from pyralis.train.trainer import PyralisTrainer, restore_counts
 

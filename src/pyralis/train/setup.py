@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from pyralis.compat import checkpointing_argument
-from pyralis.data.dataset import BuiltData, build_dataset, template_for
 from pyralis.data.pack import require_isolation
-from pyralis.data.settings import DataSettings
-from pyralis.data.store import highest_token, longest_sequence
-from pyralis.data.template import ChatTemplate, stop_token_ids
-from pyralis.errors import ConfigError, ModelError
+from pyralis.data.template import stop_token_ids
 from pyralis.lora.attach import LoraSettings, ParameterCount, attach_lora, count_parameters
 from pyralis.lora.record import has_record, read_record
 from pyralis.memory.auto import follow_plan
@@ -27,25 +21,19 @@ from pyralis.models.dtype import choose_device, choose_dtype
 from pyralis.models.float16_range import float16_warning
 from pyralis.models.generation import settle_generation
 from pyralis.models.load import LoadedModel, ModelSettings, load_model
-from pyralis.models.rope_scaling import context_length
 from pyralis.models.surgery import AccelerationReport, accelerate, report
-from pyralis.models.tokenizer import load_tokenizer
 from pyralis.train.config import TrainConfig
 from pyralis.train.device_fit import CPU_OPTIMIZERS
 from pyralis.train.full_weights import bf16_update
+from pyralis.train.prepared_data import PreparedData, check_fits, longest_of, prepare_data
 from pyralis.train.refusals import refusals_named
+
+__all__ = ["PreparedData", "PreparedModel", "prepare_data", "prepare_model", "training_arguments"]
 
 logger = logging.getLogger(__name__)
 
 # Optimizers of a GPU, and what does the same arithmetic on a CPU.
 _CPU_OPTIMIZERS = {"adamw_torch_fused": "adamw_torch", **CPU_OPTIMIZERS}
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedData:
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatTemplate | None
-    data: BuiltData
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +45,6 @@ class PreparedModel:
     acceleration: AccelerationReport
     parameters: ParameterCount
     notes: tuple[str, ...] = ()
-
-
-def prepare_data(config: TrainConfig, progress: Any = None) -> PreparedData:
-    """Tokenizer, template and token ids: all that can fail before a model is loaded.
-
-    Raises:
-        ModelError, TemplateError, DataError: each names the file, row or template and what to do.
-    """
-    tokenizer = load_tokenizer(
-        config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
-    )
-    template = template_for(config.task_type, config.template_name, tokenizer, system=config.system)
-    data = build_dataset(DataSettings.from_config(config), tokenizer, template, progress=progress)
-    return PreparedData(tokenizer, template, data)
-
-
-def check_rows(data: BuiltData, arguments: TrainingArguments) -> None:
-    """Raise ConfigError if no batch can be filled, which the Trainer would call a finished run."""
-    batch = arguments.per_device_train_batch_size * arguments.world_size
-    if arguments.dataloader_drop_last and len(data.train) < batch:
-        raise ConfigError(
-            f"dataloader_drop_last: {len(data.train)} rows do not fill one batch of {batch}, so nothing would be "
-            "trained. Set it to false, or per_device_train_batch_size lower."
-        )
 
 
 def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
@@ -132,32 +96,6 @@ def _half_weights(config: TrainConfig) -> str | None:
     return f"bfloat16 weights, {how[update]}"
 
 
-def check_fits(model: Any, prepared: PreparedData) -> tuple[str, ...]:
-    """Raise if the model has no embedding for a token or a position of the data; note what is odd about the two.
-
-    Raises:
-        ModelError: token ids beyond the vocabulary (a tokenizer of another model).
-        ConfigError: rows longer than a learnt table of positions.
-    """
-    parts = [part for part in (prepared.data.train, prepared.data.eval) if part is not None]
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if len(prepared.tokenizer) > vocabulary and (highest := max(map(highest_token, parts))) >= vocabulary:
-        raise ModelError(
-            f"the data holds token {highest} ({prepared.tokenizer.convert_ids_to_tokens(highest)!r}), but the model "
-            f"has only {vocabulary} embeddings: the tokenizer is not this model's."
-        )
-    longest = max(map(longest_sequence, parts))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not limit or longest <= (context_length(model.config) or limit):
-        return ()
-    if has_learnt_positions(model):
-        raise ConfigError(
-            f"max_seq_length: a row has {longest} tokens, but {type(model).__name__} has only {limit} positions. Set "
-            f"max_seq_length to {limit} or less."
-        )
-    return (f"the longest row has {longest} tokens; the model was made for {limit}, and is unsure beyond",)
-
-
 def _length_for_rope(config: TrainConfig, prepared: PreparedData) -> int | None:
     """The longest sequence that RoPE has to reach; None leaves it as it is. An adapter keeps that of its training."""
     adapter = Path(config.load_adapter) if config.load_adapter else None
@@ -165,16 +103,7 @@ def _length_for_rope(config: TrainConfig, prepared: PreparedData) -> int | None:
         return read_record(adapter).rope_scaled_to
     if config.rope_scaling == "off":
         return None
-    parts = [part for part in (prepared.data.train, prepared.data.eval) if part is not None]
-    return max(map(longest_sequence, parts))
-
-
-def has_learnt_positions(model: nn.Module) -> bool:
-    """Whether positions are looked up in a table (GPT-2, OPT), which ends, and not computed (rotary, ALiBi)."""
-    return any(
-        isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name)
-        for name, module in model.named_modules()
-    )
+    return longest_of(prepared.data)
 
 
 def base_name(config: TrainConfig) -> str | None:
@@ -224,6 +153,8 @@ def training_arguments(config: TrainConfig) -> tuple[TrainingArguments, list[str
             arguments["optim"] = _CPU_OPTIMIZERS[optim]
             if "optim" in config.model_fields_set:
                 notes.append(f"optim: {optim} needs a GPU; {_CPU_OPTIMIZERS[optim]} does the same here")
+    if config.streaming:
+        arguments["ignore_data_skip"] = True  # the stream itself begins where the checkpoint says
     if config.optimizer_in_bwd:
         arguments["max_grad_norm"] = 0.0
     if checkpoints_layers(config, device):
