@@ -154,6 +154,25 @@ def test_the_flat_optimizer_reads_gradients_where_steps_leave_them(
         assert (a - b).norm() <= 1e-4 * b.norm()
 
 
+def test_memory_runs_short_in_a_backward(recorder: Counting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Beside recorded steps: these are given up, and the micro-batch is computed again, gradients and all."""
+    models, failed = (tuned(), tuned()), []
+    backward = torch.Tensor.backward
+
+    def cramped(self: Tensor, *args: Any, **kwargs: Any) -> None:
+        backward(self, *args, **kwargs)
+        if recorder.replays > 4 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError
+
+    trained(models[0], tmp_path / "off", cuda_graph="off")
+    monkeypatch.setattr(torch.Tensor, "backward", cramped)
+    trained(models[1], tmp_path / "auto")
+    assert failed
+    for a, b in zip(models[1].parameters(), models[0].parameters()):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
 def test_an_engine_chosen_by_hand_stays(recorder: Counting, tmp_path: Path) -> None:
     model = tuned()
     engine = step_graphs.use_step_graphs(model)

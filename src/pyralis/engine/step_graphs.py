@@ -39,7 +39,7 @@ CudaGraph: TypeAlias = Literal["auto", "off"]
 
 WARM_UP = 2  # steps of a shape before it is recorded
 MOST_STEPS = 48  # recorded at once; more shapes than that come too seldom to be worth it
-MOST_SHORTAGES = 3  # of memory, after which nothing is recorded any more
+MOST_PATIENCE = 6  # shortages of memory, each of which doubles the steps before a shape is recorded
 FIRST_STEPS = Reason("the first steps of a shape")
 NO_GRADIENT = Reason("no gradient is wanted")
 ANOTHER = Reason("the backward of another forward is still to come")
@@ -107,6 +107,16 @@ class StepGraphs:
         self._recorder.renew()
         return had
 
+    def make_room(self) -> bool:
+        """Memory ran short: give that of recorded steps back, and wait longer before the next; False if there was
+        none."""
+        if not self.drop():
+            return False
+        self._shortages += 1
+        self._seen.clear()
+        logger.info("Memory ran short beside recorded training steps: they are dropped, and recorded anew later.")
+        return True
+
     def __call__(self, causal: Any, head: Head, arguments: Mapping[str, Any], request: LossRequest) -> Tensor:
         found = self._find(causal, head, arguments, request)
         if isinstance(found, Reason):
@@ -146,12 +156,10 @@ class StepGraphs:
 
     def _warms_up(self, step: RecordableStep) -> Reason | None:
         self._seen[step.key] += 1
-        if self._seen[step.key] <= WARM_UP:
+        if self._seen[step.key] <= WARM_UP << min(self._shortages, MOST_PATIENCE):
             return FIRST_STEPS
         if len(self._steps) >= MOST_STEPS:
             return Reason(f"{MOST_STEPS} shapes are recorded already")
-        if self._shortages >= MOST_SHORTAGES:
-            return Reason(f"memory ran short beside recorded steps {MOST_SHORTAGES} times")
         return None
 
     def _as_recorded(self, step: RecordableStep) -> Tensor:
@@ -164,10 +172,8 @@ class StepGraphs:
         try:
             return compute()
         except torch.OutOfMemoryError:
-            if not self.drop():
+            if not self.make_room():
                 raise
-        self._shortages += 1
-        logger.info("Memory ran short beside recorded training steps: they are dropped, and recorded anew.")
         return compute()
 
     def _record(self, step: RecordableStep) -> Reason | None:

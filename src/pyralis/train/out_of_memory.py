@@ -1,8 +1,9 @@
-"""A micro-batch that did not fit, again under a more frugal memory plan: nothing is lost.
+"""A micro-batch that did not fit, again with more room: nothing is lost.
 
-Only where a model follows a plan (`memory/auto.py`): what a user has chosen by hand is not changed; and in one process,
-for others would wait for parts of gradients that this one has sent already. Gradients and the
-random state are put back to where they were before the micro-batch, and recorded steps are given up.
+Recorded steps of other shapes are given up first, then a more frugal memory plan is taken; this only where a model
+follows one (`memory/auto.py`): what a user has chosen by hand is not changed. And in one process, for others would wait
+for parts of gradients that this one has sent already. Gradients and the random state are put back to where they were
+before the micro-batch.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pyralis.engine.step_graphs import StepGraphs
 from pyralis.memory.auto import Planner, planner_of
 from pyralis.memory.explain import gib
 from pyralis.memory.predict import Settings
@@ -33,23 +34,24 @@ MOST_SHARE = 16  # gradients of more than this part of a GPU's memory are not co
 
 
 def retried(model: Any, step: Callable[[], Result], optimizer: Any = None, accumulation: int = 1) -> Result:
-    """`step()`, a forward and backward of `model` as it is wrapped; again while it runs out of memory and the plan can
-    be more frugal.
+    """`step()`, a forward and backward of `model` as it is wrapped; again while it runs out of memory and there are
+    recorded steps to give up, or the plan can be more frugal.
 
     optimizer: of all that is trained, None where it is not known. accumulation: micro-batches of its steps.
 
     Raises torch.OutOfMemoryError where it cannot, or where gradients accumulated so far are lost.
     """
     causal = causal_lm_of(model)
-    planner = planner_of(causal)
-    if planner is None or is_distributed():
+    planner, engine = planner_of(causal), _engine(causal)
+    if (planner is None and engine is None) or is_distributed():
         return step()
-    if planner.plan is None:
+    if planner is not None and planner.plan is None:
         planner.settings = settings_of(optimizer, accumulation)
     groups = getattr(optimizer, "param_groups", ())
     trained = [p for group in groups for p in group["params"]] or [p for p in parameters_of(causal) if p.requires_grad]
     before = Before.of(trained)
-    for failures in count():
+    failures = 0
+    while True:
         try:
             return step()
         except torch.OutOfMemoryError as error:
@@ -61,9 +63,13 @@ def retried(model: Any, step: Callable[[], Result], optimizer: Any = None, accum
                 "The gradients of this step's earlier micro-batches were too large to be copied: it is lost."
             )
             raise failure
-        _give_back(causal)
-        _go_down(planner, causal, failure, failures)
-    raise AssertionError("unreachable")
+        has_room = engine is not None and engine.make_room()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not has_room:
+            _go_down(planner, causal, failure, failures)
+            failures += 1
 
 
 def settings_of(optimizer: Any, accumulation: int) -> Settings:
@@ -75,18 +81,14 @@ def settings_of(optimizer: Any, accumulation: int) -> Settings:
     return Settings(moments=2.1 if in_8_bits else 8.0, accumulation=accumulation)
 
 
-def _give_back(causal: nn.Module) -> None:
-    engine: Any = causal_state(causal).engine if is_fast(causal) else None
-    if engine is not None:
-        engine.drop()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _engine(causal: nn.Module) -> StepGraphs | None:
+    engine = causal_state(causal).engine if is_fast(causal) else None
+    return engine if isinstance(engine, StepGraphs) else None
 
 
-def _go_down(planner: Planner, causal: nn.Module, failure: torch.OutOfMemoryError, failures: int) -> None:
-    planned = planner.plan
-    if not planner.notch_down(causal, failures):
+def _go_down(planner: Planner | None, causal: nn.Module, failure: torch.OutOfMemoryError, failures: int) -> None:
+    planned = None if planner is None else planner.plan
+    if planner is None or not planner.notch_down(causal, failures):
         raise failure
     assert planned is not None
     assert planner.plan is not None
