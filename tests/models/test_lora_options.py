@@ -173,17 +173,22 @@ def test_runs_stock_and_says_why(name: str, base: str) -> None:
 class Pair:
     """A fast model and its stock copy, to both of which the same is done between steps."""
 
-    def __init__(self, base: str) -> None:
-        self.fast = tuned({}, base)
-        self.fast.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"]))
+    def __init__(self, base: str, **options: Any) -> None:
+        self.fast = tuned(options, base)
+        targets = ["q_proj", "up_proj", "down_proj"]
+        self.fast.add_adapter("second", LoraConfig(r=4, target_modules=targets, **options))
         self.both(lambda m: m.set_adapter("second"), models=(self.fast,))
         move(self.fast, 2)
         self.fast.set_adapter("default")
         self.stock = copy.deepcopy(self.fast)
         accelerate(self.fast, families=EVERY)
 
+    @property
+    def models(self) -> tuple[Any, Any]:
+        return self.fast, self.stock
+
     def both(self, action: Callable[[Any], Any], *, models: tuple[Any, ...] | None = None) -> None:
-        for model in models or (self.fast, self.stock):
+        for model in models or self.models:
             torch.manual_seed(3)  # of new adapters
             action(model)
 
