@@ -29,7 +29,8 @@ def prose(page: Path) -> str:
 def commands(page: Path, program: str) -> Iterator[list[str]]:
     """The words behind `program` wherever a page shows it: lines of shell blocks, and inline code."""
     text = page.read_text(encoding="utf-8")
-    lines = [line for language, code in FENCE.findall(text) if language in ("bash", "sh") for line in code.splitlines()]
+    shell = [code for language, code in FENCE.findall(text) if language in ("bash", "sh")]
+    lines = [line for code in shell for line in code.replace("\\\n", " ").splitlines()]
     for line in [*lines, *re.findall(r"`([^`\n]+)`", prose(page))]:
         words = re.sub(r"\s#.*", "", line).split()
         if words and words[0] == program:
