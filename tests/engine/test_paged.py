@@ -28,7 +28,8 @@ def test_the_step_is_the_same(bits: int) -> None:
         before = torch.cuda.memory_allocated()
         optimizer = FlatAdamW([parameter], lr=1e-3, bits=bits, rounding="split", paged=paged)
         taken = torch.cuda.memory_allocated() - before
-        assert (taken < 6 * parameter.numel()) is (paged or bits == 8)
+        # 8 bytes a parameter of 32-bit moments, 2 of 8-bit ones, both with 2 of the split weight and 2 of the gradient.
+        assert (taken < 8 * parameter.numel()) is (paged or bits == 8)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)

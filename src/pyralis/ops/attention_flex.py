@@ -15,7 +15,7 @@ from torch import Tensor
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
 
 # A version each for: the layer's window and softcap, padded and packed, dtype, gradients, fixed and variable lengths.
-# Torch stops at 8 a process, then runs FlexAttention uncompiled: from inside an autograd node that fails.
+# Torch stops at 8 a process.
 VERSIONS = 64
 
 
@@ -25,7 +25,8 @@ def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     config.recompile_limit = max(config.recompile_limit, VERSIONS)
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+    # fullgraph: what cannot be compiled says why. Uncompiled, FlexAttention stores all scores, or fails.
+    return torch.compile(flex_attention, fullgraph=True), torch.compile(create_block_mask)
 
 
 def _mask(spec: AttentionSpec, documents: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
