@@ -4,7 +4,7 @@
 
 Makes a JSONL file of short conversations, builds it with an empty cache and once more from the cache. The peak is the
 sum of the proportional set sizes of this process and its children, sampled ten times a second: what the work takes from
-a machine, pages that processes share counted once, mapped pages of the file included (Linux).
+a machine, pages that processes share counted once, mapped pages of the file included. `cpu_seconds` is the work itself, whatever else the machine does (Linux).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ VOCABULARY = (
     "than into them can only other time new some could these two may first then do any like my now over such our man"
 )
 WORDS = VOCABULARY.split()
+WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -88,10 +90,12 @@ def main() -> None:
         settings = DataSettings(
             (str(file),), max_seq_length=1024, num_workers=options.workers, cache_dir=str(Path(folder) / "cache")
         )
+        cpu_before = sum(sum(resource.getrusage(who)[:2]) for who in WHO)
         with PeakMemory() as memory:
             start = time.perf_counter()
             built = build_dataset(settings, tokenizer, template)
             seconds = time.perf_counter() - start
+        cpu_seconds = sum(sum(resource.getrusage(who)[:2]) for who in WHO) - cpu_before
         start = time.perf_counter()
         assert build_dataset(settings, tokenizer, template).from_cache
         again = time.perf_counter() - start
@@ -101,6 +105,7 @@ def main() -> None:
         "template": options.template or "the tokenizer's own",
         "tokens": built.report.tokens,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "rows_per_second": round(options.rows / seconds),
         "peak_gib": round(memory.peak / 2**30, 2),
         "from_cache_seconds": round(again, 2),

@@ -200,9 +200,13 @@ def test_tokens_lost_are_counted(build: Callable[..., BuiltData]) -> None:
     whole = build([GOOD, long], max_seq_length=1000).report
     cut = build([GOOD, long]).report
     assert cut.tokens + cut.tokens_lost == whole.tokens
+    assert cut.uncut_percentiles == whole.length_percentiles
+    assert not whole.uncut_percentiles
+    assert f"99 % up to {dict(whole.length_percentiles)[99]}" in "\n".join(cut.summary_lines())
     assert any("1 rows are cut inside their last answer" in warning for warning in cut.warnings)
     dropped = build([GOOD, long], on_overlong="drop")
     assert dropped.report.tokens + dropped.report.tokens_lost == whole.tokens
+    assert dropped.report.uncut_percentiles == whole.length_percentiles
     assert listed(dropped)[0] | {"file": ""} == {
         "file": "", "row": 2, "reason": encoded_row.OVERLONG, "tokens": dropped.report.tokens_lost,
     }  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets.table import MemoryMappedTable
 
 from pyralis.data import processes
 from pyralis.data.dataset import DataSettings, build_dataset
@@ -84,3 +85,8 @@ def test_a_build_that_is_killed_stops_nobody(settings: DataSettings, tmp_path: P
     assert len(found[0][1]) == ROWS
     folders = [path.name for path in (tmp_path / "cache" / "datasets").iterdir()]
     assert len(folders) == 2, f"one built folder and its lock, nothing half made: {folders}"
+
+
+def test_the_rows_lie_in_mapped_files(settings: DataSettings) -> None:
+    built = build_dataset(settings, TOKENIZER, TEMPLATE)
+    assert isinstance(built.train.data, MemoryMappedTable)

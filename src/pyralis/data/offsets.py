@@ -46,8 +46,8 @@ def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[T
     for text, ids in zip(texts, encoded["input_ids"], strict=True):
         if bos is not None and list(ids[:2]) == [bos, bos]:
             raise TemplateError(
-                f"the text begins with {tokenizer.bos_token!r} twice: {text[:60]!r}. The template writes it, and the "
-                "tokenizer (or the data) adds it again: it must come once."
+                f"the text begins with {tokenizer.bos_token!r} twice: {text[:60]!r}. It must come once: the template "
+                "or the tokenizer writes it already. Take it out of the data, or set another template_name."
             )
     offsets = encoded["offset_mapping"] if tokenizer.is_fast and texts else [None] * len(texts)
     return [Tokenised(*one) for one in zip(texts, encoded["input_ids"], offsets, strict=True)]

@@ -39,6 +39,8 @@ class DataReport:
         split, pieces: overlong rows that were split, and how many of `rows_kept` they became.
         tokens_lost: tokens cut off or left out with their row. Those of bad rows are not known.
         duplicates: of `rows_kept`, those that are the same as an earlier one.
+        uncut_percentiles: as length_percentiles, of all rows before they were cut or left out; empty where nothing was
+            lost.
         shared: of the evaluation rows, those that are training rows too; 0 in the report on the training data.
         supervised_tokens: tokens that the loss is taken on.
         length_percentiles: (percent, tokens).
@@ -64,6 +66,7 @@ class DataReport:
     tokens_lost: int = 0
     duplicates: int = 0
     shared: int = 0
+    uncut_percentiles: tuple[tuple[int, int], ...] = ()
     eval: DataReport | None = None
 
     @property
@@ -93,7 +96,11 @@ class DataReport:
             lines.append(f"truncated {_number(self.truncated, 'row')} to max_seq_length")
         if self.tokens_lost:
             share = self.tokens_lost / (self.tokens + self.tokens_lost)
-            lines.append(f"lost by that: {_number(self.tokens_lost, 'token')} ({share:.1%})")
+            whole = dict(self.uncut_percentiles)
+            lines.append(
+                f"lost by that: {_number(self.tokens_lost, 'token')} ({share:.1%}); of all rows 50 % are up to "
+                f"{whole[50]:,} tokens long, 95 % up to {whole[95]:,}, 99 % up to {whole[99]:,}"
+            )
         lines.extend(f"note: {warning}" for warning in self.warnings)
         if self.eval is not None:
             lines.extend(f"eval: {line}" for line in self.eval.summary_lines())

@@ -49,7 +49,8 @@ def stats_table(report: DataReport, batches: BatchStats | None, max_seq_length: 
     """What became of the data, how long its rows are, and what batches they make."""
     parts: list[RenderableType] = [Text(line) for line in report.summary_lines()]
     parts += [Text(), Text("rows by length in tokens", "bold"), LengthHistogram(report.length_histogram)]
-    at_limit = f", all within max_seq_length {max_seq_length:,}" if not report.truncated else ""
+    whole = not report.truncated and report.longest <= max_seq_length
+    at_limit = f", all within max_seq_length {max_seq_length:,}" if whole else ""
     parts.append(Text(f"longest {report.longest:,}{at_limit}", "dim"))
     if batches is not None:
         parts += [Text(), Text("batches", "bold"), *map(Text, batches.lines())]

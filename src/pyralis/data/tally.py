@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Tally:
     tokens_lost: int = 0
     in_pieces: bool = False
     seen: Seen = field(default_factory=Seen)
+    full_lengths: array[int] = field(default_factory=lambda: array("I"))
 
     def read(self, source: Source, fmt: str | None) -> None:
         if fmt is not None:
@@ -40,6 +42,8 @@ class Tally:
     def add(self, row: EncodedRow) -> None:
         """Count what became of a row, or of a piece of one."""
         self.tokens_lost += row.full_length - row.length
+        if row.full_length:
+            self.full_lengths.append(row.full_length)
         if row.continues:
             begins = not self.in_pieces
             self.split, self.pieces = self.split + begins, self.pieces + 1 + begins
@@ -94,7 +98,7 @@ class Tally:
             tokens=tokens,
             supervised_tokens=supervised_tokens,
             longest=int(lengths.max()),
-            length_percentiles=tuple((p, int(np.percentile(lengths, p))) for p in PERCENTILES),
+            length_percentiles=_percentiles(lengths),
             length_histogram=tuple((width * (i + 1), int(count)) for i, count in enumerate(counts)),
             packed_fill=packed_fill,
             warnings=(*(f"{count:,} {what}" for what, count in self.counts.items() if count), *warnings),
@@ -103,8 +107,13 @@ class Tally:
             tokens_lost=self.tokens_lost,
             duplicates=duplicates,
             shared=shared,
+            uncut_percentiles=_percentiles(np.array(self.full_lengths)) if self.tokens_lost else (),
             eval=eval_report,
         )
+
+
+def _percentiles(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
+    return tuple((p, int(np.percentile(lengths, p))) for p in PERCENTILES)
 
 
 def _bin_width(longest: int) -> int:
