@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from pyralis.memory.auto import follow_plan, forget_plan
+from pyralis.models.causal_lm import causal_lm_of
 from pyralis.models.checkpointing import choose_save_policy
 from pyralis.models.dtype import choose_device, choose_dtype
 from pyralis.models.surgery import accelerate, decoder_layers
-from pyralis.models.swap import fast_modules
+from pyralis.models.swap import fast_modules, is_fast
 from pyralis.train.arguments import LeanArguments
 from pyralis.train.lean import LeanTrainer
 from pyralis.train.old_trainer_names import TrainerCall, say_once, todays_call
@@ -74,14 +76,20 @@ class TrlTrainer(LeanTrainer):
 
 
 class _AccelerateModel(TrainerCallback):
-    """Makes the model fast when Trainer has it, adapters and all, and before TRL wraps its forward."""
+    """Makes the model fast when Trainer has it, adapters and all, and before TRL wraps its forward.
+
+    Checkpointing, which TRL has on by default, is then as much as memory demands.
+    """
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         mode: Any = getattr(args, "acceleration", "auto")
         if mode != "off" and next(fast_modules(model), None) is None:
             accelerate(model, mode)
+            if args.gradient_checkpointing and is_fast(causal := causal_lm_of(model)):
+                follow_plan(causal)
         if getattr(args, "activation_offloading", False) and next(fast_modules(model), None) is not None:
             args.activation_offloading, args.gradient_checkpointing = False, True
+            forget_plan(causal_lm_of(model))
             choose_save_policy(decoder_layers(model), "offload_input")
             say_once(
                 "activation_offloading: the inputs of layers wait in pinned host memory, the rest is computed anew, as "
