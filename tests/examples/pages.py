@@ -29,7 +29,7 @@ from pyralis.cli.main import main
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LEFT_OUT = re.compile(r"^(make|pip|python3? -m venv|\.|source|nvidia-smi|accelerate|torchrun|deepspeed) ")
-MODELS = re.compile(r"(?<![\w/-])(unsloth|Qwen|meta-llama|NousResearch|HuggingFaceTB)/[\w.-]+|smollm2-135m-instruct")
+MODELS = re.compile(r"(?<![\w/-])((unsloth|Qwen|meta-llama|NousResearch|HuggingFaceTB)/[\w.-]+|smollm2-135m-instruct)")
 SHORT = {"max_steps": 2, "gradient_accumulation_steps": 1, "tokenize_num_workers": 1, "sample_max_new_tokens": 4}
 
 
