@@ -23,7 +23,7 @@ def inputs(T: int, N: int, dtype: torch.dtype, device: torch.device, seed: int) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "N"), [(1, 8), (37, 200), (130, 300), (3, 1100)])
+@pytest.mark.parametrize(("T", "N"), [(1, 8), (37, 200), (70, 300), (3, 1100)])
 def test_forward_and_backward(device: torch.device, T: int, N: int, dtype: torch.dtype) -> None:
     accuracy = Accuracy()
     for seed in (0, 10, 20):
@@ -67,7 +67,7 @@ def test_the_reference_sums_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_determinism(device: torch.device) -> None:
-    u, dy, magnitude, norm, bias, _ = inputs(300, 70, torch.bfloat16, device, 0)
+    u, dy, magnitude, norm, bias, _ = inputs(140, 40, torch.bfloat16, device, 0)
 
     def run() -> list[Tensor]:
         dm = torch.empty_like(norm)
@@ -79,8 +79,8 @@ def test_determinism(device: torch.device) -> None:
 
 
 @interpreted
-@settings(max_examples=25, deadline=None)
-@given(T=st.integers(0, 90), N=st.integers(1, 530), seed=st.integers(0, 5))
+@settings(max_examples=12, deadline=None)
+@given(T=st.integers(0, 70), N=st.integers(1, 300), seed=st.integers(0, 5))
 def test_any_shape(T: int, N: int, seed: int) -> None:
     """Kernels against the reference."""
     u, dy, magnitude, norm, bias, _ = inputs(T, N, torch.float32, torch.device("cpu"), seed)
