@@ -20,8 +20,8 @@ from tests.examples.pages import ROOT, PageRun, blocks
 from tests.tiny import make_tiny_model
 
 DOCS = ROOT / "docs"
-RUN = ("sft.md", "dpo.md", "full-fine-tuning.md", "pretraining.md", "data.md", "coming-from-unsloth.md", "coming-from-firefly.md",
-       "coming-from-llama-factory-and-trl.md", "troubleshooting.md")  # fmt: skip
+RUN = ("sft.md", "dpo.md", "full-fine-tuning.md", "pretraining.md", "data.md", "coming-from-unsloth.md",
+       "coming-from-firefly.md", "coming-from-llama-factory-and-trl.md", "troubleshooting.md")  # fmt: skip
 CODE = re.compile(r"`([^`]+)`")
 
 
