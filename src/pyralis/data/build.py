@@ -134,7 +134,9 @@ def _report(
 def _write(path: Path, rows: Rows, indices: np.ndarray, encoder: Encoder) -> _Written:
     settings = encoder.settings
     room = settings.max_seq_length
-    if not settings.packs:
+    if not settings.packs and np.array_equal(indices, np.arange(len(rows))):
+        rows.path.replace(path)  # all of them, as they lie
+    elif not settings.packs:
         write_rows(path, columns_of(settings), (rows[i] for i in indices))
     elif settings.task_type == "pretrain":
         documents = (rows[i]["input_ids"] for i in indices)

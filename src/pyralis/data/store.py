@@ -72,6 +72,7 @@ class Rows:
     """Rows of a file of `write_rows` by index, as numpy views into the mapped file. columns: those that are read."""
 
     def __init__(self, path: Path, columns: tuple[str, ...] = EXAMPLE_COLUMNS) -> None:
+        self.path = path
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         self.lengths: Ids = table["length"].to_numpy()
         self._values = {
