@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from pyralis import FastLanguageModel, FastModel, PatchDPOTrainer, is_bfloat16_supported
 from pyralis.api import loading, notice
 from pyralis.errors import ModelError
+from pyralis.memory.auto import planner_of
 from pyralis.models.dtype import choose_device, choose_dtype
 from pyralis.models.hub import HubOptions
 from pyralis.models.load import ModelSettings
@@ -67,7 +68,7 @@ def test_full_finetuning(llama: Path) -> None:
     model, _ = load(llama, full_finetuning=True)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.dtype == torch.float32
-    assert model.is_gradient_checkpointing
+    assert planner_of(model) is not None
     assert FastLanguageModel.get_peft_model(model) is model  # as scripts for both modes call it
     half, _ = load(llama, full_finetuning=True, dtype=torch.bfloat16)
     assert half.dtype == choose_dtype("auto", choose_device()).dtype
@@ -176,11 +177,11 @@ def test_the_vocabulary_is_resized(llama: Path) -> None:
 def test_what_has_no_effect_is_named_once(llama: Path, said: list[str]) -> None:
     for _ in range(2):
         load(
-            llama, use_exact_model_name=True, offload_embedding=True, max_lora_rank=8, fix_tokenizer=False,
+            llama, use_exact_model_name=True, max_lora_rank=8, fix_tokenizer=False,
             gpu_memory_utilization=0.5, fast_inference=True, device_map="auto", token="x", random_state=1,
         )  # fmt: skip
     named = [line.split(" ")[0] for line in said if "has no effect" in line]
-    expected = ["fix_tokenizer", "use_exact_model_name", "offload_embedding", "max_lora_rank"]
+    expected = ["fix_tokenizer", "use_exact_model_name", "max_lora_rank"]
     assert named == [*expected, "gpu_memory_utilization", "fast_inference"]
 
 
@@ -226,3 +227,13 @@ def test_lines_reach_a_terminal_without_logging_set_up(
     monkeypatch.setattr(notice, "logger", silent)
     notice.notice("by the script's own handlers")
     assert silent.handlers == []
+
+
+def test_an_embedding_that_has_to_stay_is_said(llama: Path, said: list[str]) -> None:
+    model, _ = load(llama, offload_embedding=True)
+    FastLanguageModel.get_peft_model(model, r=4, modules_to_save=["embed_tokens"])
+    assert any(line.startswith("offload_embedding: the embedding is a") for line in said)
+    model, _ = load(llama, offload_embedding=True)
+    before = len(said)
+    FastLanguageModel.get_peft_model(model, r=4)  # without a GPU nothing moves
+    assert not any("host memory" in line for line in said[before:])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel
 
-from pyralis.api.modes import set_checkpointing
+from pyralis.api.modes import offload_embedding, set_checkpointing
 from pyralis.api.notice import notice
 from pyralis.api.origin import Checkpointing, base_of, origin_of
 from pyralis.api.saving import bind_methods
@@ -78,6 +78,7 @@ def attach(
         if str(init_lora_weights).startswith("loftq"):
             notice("LoftQ has rounded the base weights: save the merged model, an adapter alone would not fit its base")
     bind_methods(tuned)
+    offload_embedding(tuned)
     set_checkpointing(tuned, checkpointing)
     _summarise(tuned)
     return tuned

@@ -28,7 +28,6 @@ _IGNORED = {
     "max_lora_rank": "adapters of any rank can be attached",
     "unsloth_vllm_standby": _ONE_ROAD,
     "use_exact_model_name": "names are never exchanged for others",
-    "offload_embedding": "the embedding stays on the model's device",
     "low_cpu_mem_usage": "weights always go straight to their device",
     "auto_model": "models are causal language models",
     "whisper_language": "models are causal language models",
@@ -91,7 +90,8 @@ class FastLanguageModel:
             use_gradient_checkpointing: see `get_peft_model`.
             resize_model_vocab: give embedding and head that many rows; random_state draws the new ones.
             attn_implementation: transformers' attention for layers that run stock.
-            fix_tokenizer, use_exact_model_name, offload_embedding, max_lora_rank: without effect. So are others that
+            offload_embedding: keep the embedding in pinned host memory, where the GPU reads it, once it is frozen.
+            fix_tokenizer, use_exact_model_name, max_lora_rank: without effect. So are others that
                 Unsloth has; they are named in the log. Unknown ones are refused.
 
         Returns:
@@ -108,7 +108,6 @@ class FastLanguageModel:
         changed = {
             "fix_tokenizer": not fix_tokenizer,
             "use_exact_model_name": use_exact_model_name,
-            "offload_embedding": offload_embedding,
             "max_lora_rank": max_lora_rank != _RANK_LIMIT,
         }
         reasons = _IGNORED | {"fix_tokenizer": "the tokenizer only gets a padding token and pads on the right"}
@@ -119,7 +118,7 @@ class FastLanguageModel:
         request = LoadRequest(
             model_name, max_seq_length, dtype, load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, device_map,
             rope_scaling, use_gradient_checkpointing, resize_model_vocab, revision, random_state, attn_implementation,
-            hub,
+            hub, offload_embedding,
         )  # fmt: skip
         return load_for_training(request)
 

@@ -12,7 +12,7 @@ from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cac
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import PreTrainedTokenizerBase
 
-from pyralis.api.modes import set_checkpointing
+from pyralis.api.modes import offload_embedding, set_checkpointing
 from pyralis.api.notice import notice
 from pyralis.api.origin import Checkpointing, Origin, set_origin
 from pyralis.api.saving import bind_methods
@@ -50,6 +50,7 @@ class LoadRequest:
     random_state: int
     attn_implementation: str | None
     hub: HubOptions
+    offload_embedding: bool = False
 
     @property
     def mode(self) -> TrainMode:
@@ -88,6 +89,7 @@ def load_for_training(request: LoadRequest) -> tuple[Any, PreTrainedTokenizerBas
     if source.adapter is not None:
         model = attach_lora(loaded.model, LoraSettings(), adapter=source.adapter)
         bind_methods(model)
+        offload_embedding(model)
     set_checkpointing(model, request.checkpointing)
     notice(f"{request.name}: {'; '.join(report.lines)}")
     return model, tokenizer
@@ -142,7 +144,10 @@ def _origin(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Origin:
     named = source.adapter is None and not Path(name).expanduser().exists()
-    origin = Origin(request.mode, max_seq_length=length, name=name if named else source.location, tokenizer=tokenizer)
+    origin = Origin(
+        request.mode, max_seq_length=length, name=name if named else source.location, tokenizer=tokenizer,
+        offload_embedding=request.offload_embedding,
+    )  # fmt: skip
     record = TrainingRecord(
         quantized=loaded.quantized and request.mode == "qlora" and not request.load_in_8bit,
         quant_type=earlier.quant_type,

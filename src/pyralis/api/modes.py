@@ -11,6 +11,7 @@ from pyralis.compat import switch_checkpointing
 from pyralis.errors import ModelError
 from pyralis.memory.auto import follow_plan, forget_plan
 from pyralis.models.checkpointing import choose_save_policy
+from pyralis.models.host_embedding import embedding_to_host
 from pyralis.models.policy import SavePolicy
 from pyralis.models.surgery import decoder_layers
 from pyralis.models.swap import is_fast
@@ -53,6 +54,19 @@ def set_checkpointing(model: Any, choice: Checkpointing) -> None:
 def _checkpoints_stock(base: Any) -> bool:
     """Whether layers that no plan is made for are checkpointed: on a GPU, whose memory is scarce."""
     return base.device.type == "cuda" and not all(map(is_fast, decoder_layers(base)))
+
+
+def offload_embedding(model: Any) -> None:
+    """Move the embedding of a model with an adapter to host memory if that was asked for; what forbids it is said."""
+    if not origin_of(model).offload_embedding:
+        return
+    try:
+        freed = embedding_to_host(base_of(model))
+    except ModelError as error:
+        notice(str(error))
+    else:
+        if freed:
+            notice(f"the embedding is in host memory: {freed / 2**30:.2f} GiB of the GPU are free for other things")
 
 
 def for_training(model: Any, use_gradient_checkpointing: Checkpointing | None = None) -> Any:

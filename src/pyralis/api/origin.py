@@ -28,6 +28,7 @@ class Origin:
     checkpointing: what recomputation was asked for last.
     name: what an adapter calls its base model; None leaves it to PEFT.
     tokenizer: loaded with the model; its padding side changes with the mode.
+    offload_embedding: keep the embedding in host memory once an adapter has frozen it.
     """
 
     mode: TrainMode = "lora"
@@ -36,6 +37,7 @@ class Origin:
     checkpointing: Checkpointing = "auto"
     name: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    offload_embedding: bool = False
 
 
 def base_of(model: Any) -> Any:

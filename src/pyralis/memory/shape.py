@@ -17,6 +17,7 @@ from pyralis.errors import ModelError
 from pyralis.models.adapters import LinearState, compute_dtype, read_linear
 from pyralis.models.detect import Reason
 from pyralis.models.group_state import LayoutOptions, group_layout
+from pyralis.models.host_embedding import embedding_on_host
 from pyralis.models.layer_state import look_again
 from pyralis.models.spec import LayerSpec
 from pyralis.models.wide_residual import stream_dtype
@@ -110,7 +111,7 @@ class ModelShape:
     Attributes:
         layers: its decoder layers in order.
         vocabulary: rows of the head.
-        outside: bytes of embeddings, head and norms outside the layers.
+        outside: bytes of embeddings, head and norms outside the layers, what is in host memory left out.
         trained: number of trained parameters; trained_bytes: their size.
         head_trained: whether the head's weight is trained.
     """
@@ -154,6 +155,8 @@ def describe_model(
     head = causal.get_output_embeddings()
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = {id(p): p for p in causal.parameters() if id(p) not in inside}
+    if embedding_on_host(causal):
+        del outside[id(causal.get_input_embeddings().weight)]
     named = list(causal.named_parameters())
     trained = [p for _, p in named if p.requires_grad]
     size = None if assumed is None else assumed.dtype.itemsize
