@@ -20,8 +20,9 @@ from tests.examples.pages import ROOT, PageRun, blocks
 from tests.tiny import make_tiny_model
 
 DOCS = ROOT / "docs"
-RUN = ("sft.md", "dpo.md", "full-fine-tuning.md", "pretraining.md", "data.md", "coming-from-unsloth.md",
-       "coming-from-firefly.md", "coming-from-llama-factory-and-trl.md", "troubleshooting.md")  # fmt: skip
+RUN = ("sft.md", "dpo.md", "coming-from-unsloth.md", "coming-from-firefly.md", "coming-from-llama-factory-and-trl.md",
+       "troubleshooting.md")  # fmt: skip
+RUN_IN_FULL = ("full-fine-tuning.md", "pretraining.md", "plan.md", "data.md")
 CODE = re.compile(r"`([^`]+)`")
 
 
@@ -38,7 +39,7 @@ def codes(page: str, part: str, column: int = 0) -> list[str]:
     return [code for row in rows(page, part)[1:] for code in CODE.findall(row[column])]
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", [*RUN, *(pytest.param(name, marks=pytest.mark.full) for name in RUN_IN_FULL)])
 def test_what_a_page_shows_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_model(tmp_path / "model", max_position_embeddings=4096)
     (tmp_path / "clone").mkdir()
