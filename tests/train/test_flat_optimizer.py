@@ -13,9 +13,10 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from pyralis.engine.optimizer import FlatAdamW
+from pyralis.models.causal_lm import causal_lm_loss
 from pyralis.models.surgery import accelerate, report
 from pyralis.train import lean
-from pyralis.train.flat_optimizer import flat_optimizer
+from pyralis.train.flat_optimizer import flat_adamw, flat_optimizer
 from tests.tiny import build_tiny_model
 from tests.train.test_lean import history, lora_model, make
 
@@ -147,3 +148,17 @@ def test_a_run_with_it(fast: bool, settings: dict[str, Any], tmp_path: Path, mon
         resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
         assert isinstance(resumed.optimizer.optimizer, FlatAdamW) is flat
         assert resumed.state.log_history[-2]["loss"] == pytest.approx(history(stock)[-2]["loss"], rel=1e-4)
+
+
+def test_gradients_are_written_where_they_are_read() -> None:
+    """Those of fused layers go straight into the optimizer's buffer, those of LoRA's A of q, k and v side by side."""
+    model: Any = get_peft_model(build_tiny_model("llama"), LoraConfig(r=4, target_modules="all-linear"))
+    accelerate(model)
+    optimizer = flat_adamw(model, [p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.arange(4, 44)[None]
+    causal_lm_loss(model, {"input_ids": ids}, ids).backward()
+    for parameter, view in zip(optimizer.parameters, optimizer.grad_views):
+        assert parameter.grad is view
+    attention = model.get_base_model().model.layers[1].self_attn
+    places = [getattr(attention, f"{name}_proj").lora_A["default"].weight.grad.data_ptr() for name in "qkv"]
+    assert places == [places[0] + i * 4 * 64 * 4 for i in range(3)]

@@ -69,16 +69,25 @@ def flat_optimizer(
     kept = ("params", "lr", "betas", "eps", "weight_decay")
     groups = [{name: group[name] for name in kept} for group in optimizer.param_groups]
     base = trains_base(model)
-    parts = _flatten(model, parameters)
     settings: dict[str, Any] = {
         "bits": _bits(optimizer), "in_32_bits": _embeddings(model) if _bits(optimizer) == 8 else (),
         "paged": base and _is_paged(optimizer), "seed": seed,
         "rounding": rounding if parameters[0].dtype == torch.bfloat16 else "nearest",
     }  # fmt: skip
     if in_backward:
-        return BackwardAdamW(groups, parts=parts, **settings)
-    flat = FlatAdamW(groups, max_norm=max_norm or None, **settings)
-    if parts and (weights := fused_weights(model)) is not None:
+        return BackwardAdamW(groups, parts=_flatten(model, parameters), **settings)
+    return flat_adamw(model, groups, max_norm=max_norm or None, **settings)
+
+
+def flat_adamw(
+    model: nn.Module, params: Sequence[nn.Parameter] | Sequence[dict[str, Any]], **settings: Any
+) -> FlatAdamW:
+    """A `FlatAdamW` over parameters of `model`, which become views of one buffer; the model's fused layers write their
+    gradients into its own, from where they need not be copied. params, settings: as `FlatAdamW` takes them."""
+    parameters = [p for one in params for p in (one["params"] if isinstance(one, dict) else (one,))]
+    layers = _flatten(model, parameters)
+    flat = FlatAdamW(params, **settings)
+    if layers and (weights := fused_weights(model)) is not None:
         weights.use_gradients(FlatGradients(parameters, flat.grad_views))
     return flat
 

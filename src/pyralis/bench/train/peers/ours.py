@@ -7,15 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainingArguments
 
 from pyralis.bench.train.clock import Measured
 from pyralis.bench.train.peers import GRAPH, RESIDENT
 from pyralis.bench.train.peers.base import Peer
 from pyralis.bench.train.settings import Loop, Shape
 from pyralis.data.collate import Collator
-from pyralis.engine.flat_parameters import flatten_parameters
-from pyralis.engine.optimizer import FlatAdamW
 from pyralis.engine.step_graphs import StepGraphs, use_step_graphs
 from pyralis.errors import ModelError
 from pyralis.lora.attach import LoraSettings, attach_lora
@@ -24,6 +21,8 @@ from pyralis.models.checkpointing import choose_save_policy
 from pyralis.models.load import ModelSettings, load_model
 from pyralis.models.residency import keep_matrices
 from pyralis.models.surgery import accelerate, decoder_layers, report
+from pyralis.train.arguments import PyralisTrainingArguments
+from pyralis.train.flat_optimizer import flat_adamw, flat_optimizer
 from pyralis.train.trainer import PyralisTrainer
 
 
@@ -67,16 +66,15 @@ class Pyralis(Peer):
         return causal_lm_loss(self.model, inputs | {"padding_side": "right"}, batch["labels"])
 
     def optimizer(self) -> Optimizer:
-        if self.bench.mode == "full":  # plain weights lie in the stacks of their layers, not in one buffer
-            return super().optimizer()
+        if self.bench.mode == "full":
+            return flat_optimizer(super().optimizer(), self.model, 0.0)  # type: ignore[no-any-return]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        flatten_parameters(parameters)
-        return FlatAdamW(parameters, lr=self.bench.learning_rate, weight_decay=0.0, bits=8)
+        return flat_adamw(self.model, parameters, lr=self.bench.learning_rate, weight_decay=0.0, bits=8)
 
     def trainer(self, variant: str, arguments: dict[str, Any], rows: Any) -> Any:
         return PyralisTrainer(
             model=self.model,
-            args=TrainingArguments(**arguments),
+            args=PyralisTrainingArguments(**arguments, cuda_graph="off"),  # what `prepare` has chosen stays
             train_dataset=rows,
             data_collator=Collator(pad_token_id=0),
         )
