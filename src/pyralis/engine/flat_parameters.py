@@ -53,6 +53,16 @@ def flatten_parameters(parameters: Sequence[Tensor]) -> Tensor:
     return values
 
 
+@torch.no_grad()
+def take_back(parameters: Sequence[Tensor], layout: FlatLayout) -> None:
+    """Make parameters that were moved out of the buffer since views of it again, with the values that they have now."""
+    for i, p in enumerate(parameters):
+        view = layout.values[layout.part(i)].view(p.shape)
+        if p.data_ptr() != view.data_ptr():
+            view.copy_(p)
+            p.data = view
+
+
 def locate(parameters: Sequence[Tensor]) -> FlatLayout:
     """Find the buffer that all parameters are views of.
 

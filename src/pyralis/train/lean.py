@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from pyralis.engine.backward_optimizer import BackwardAdamW
-from pyralis.engine.flat_parameters import to_host
+from pyralis.engine.flat_parameters import take_back, to_host
 from pyralis.engine.optimizer import FlatAdamW, Rounding
 from pyralis.engine.step_graphs import CudaGraph, step_graphs
 from pyralis.errors import ConfigError
@@ -48,6 +48,7 @@ class LeanTrainer(Trainer):
     _filters_losses = False
     _flops_per_token: float | None = None
     _run: ExitStack | None = None
+    _settled = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,6 +106,9 @@ class LeanTrainer(Trainer):
         for name, method in LEAN_METHODS.items():
             if name not in vars(model):
                 vars(model)[name] = method(model)
+        if not self._settled and (flat := self._flat_optimizer) is not None:
+            take_back(flat.parameters, flat.layout)  # accelerate's `model.to("cpu:0")` copies a model on the CPU
+            self._settled = True
         step = partial(super().training_step, model, *args, **kwargs)
         loss: Tensor = step() if self.optimizer_in_bwd else retried(
             model, step, self.optimizer, self.args.gradient_accumulation_steps
@@ -145,6 +149,7 @@ class LeanTrainer(Trainer):
             raise ConfigError("optimizer_in_bwd: the optimizer given to the trainer cannot step in the backward.")
         if self._run is not None:
             self._run.enter_context(steps_in_backward(self._flat_optimizer, trained))
+        self._settled = False
         return self.optimizer
 
     @property
