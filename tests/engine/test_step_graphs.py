@@ -11,15 +11,12 @@ from peft import LoraConfig
 
 from pyralis.engine.flat_parameters import flatten_parameters
 from pyralis.engine.optimizer import FlatAdamW
-from pyralis.engine.recorders import Rerun
-from pyralis.engine.step_graphs import WARM_UP, use_step_graphs
-from pyralis.models.causal_lm import causal_lm_loss, causal_lm_of
+from pyralis.engine.step_graphs import WARM_UP
 from pyralis.models.checkpointing import choose_save_policy
 from pyralis.models.policy import SavePolicy
-from pyralis.models.surgery import accelerate, decoder_layers, restore
-from tests.engine.steps import SIZES, batch, gradients, graphs, loss_of, make, run, same
+from pyralis.models.surgery import decoder_layers
+from tests.engine.steps import batch, gradients, graphs, loss_of, make, run, same
 from tests.models.fast_models import padding_computed
-from tests.tiny import build_tiny_variant
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "packed"])
@@ -129,22 +126,6 @@ def test_dropout_is_drawn_anew(device: torch.device) -> None:
     assert max(losses) - min(losses) < 1e-4
 
 
-def test_a_second_forward_before_the_backward(device: torch.device) -> None:
-    model = make(device)
-    engine = graphs(model, device)
-    inputs = batch(device)
-    for _ in range(WARM_UP + 1):
-        run(model, inputs)
-    first, second = loss_of(model, inputs), loss_of(model, inputs)
-    assert "still to come" in str(engine.reason)
-    (first + second).backward()
-    with pytest.raises(RuntimeError, match="second time"):
-        first.backward()
-    del first, second
-    run(model, inputs)
-    assert engine.reason is None
-
-
 def test_trained_embeddings_and_head(device: torch.device) -> None:
     plain, recorded = (make(device, modules_to_save=["embed_tokens", "lm_head"]) for _ in range(2))
     engine = graphs(recorded, device)
@@ -202,37 +183,6 @@ def test_supervised_rows_and_smoothing(device: torch.device) -> None:
         assert losses[1] == pytest.approx(losses[0], rel=1e-5 if device.type == "cpu" else 2e-3)
         same(gradients(recorded), gradients(plain))
     assert engine.replays == 2
-
-
-def test_what_is_not_recorded_says_why(device: torch.device) -> None:
-    model = make(device)
-    engine = graphs(model, device)
-    inputs = batch(device)
-    base = causal_lm_of(model)
-    handle = base.model.norm.register_forward_hook(lambda *_: None)
-    run(model, inputs)
-    assert "hook" in str(engine.reason)
-    handle.remove()
-    rest = {"inputs_embeds": base.model.embed_tokens(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
-    causal_lm_loss(model, rest, inputs["labels"]).backward()
-    assert "inputs_embeds" in str(engine.reason)
-    assert use_step_graphs(model, "off") is None
-    restore(model)
-    assert use_step_graphs(model, recorder=Rerun()) is None
-
-
-@pytest.mark.parametrize("variant", ["llama-dynamic-rope", "phi3-longrope"])
-def test_rope_that_a_longer_row_changes(device: torch.device, variant: str) -> None:
-    """A bucket's padding would: the step runs as it is."""
-    model = build_tiny_variant(variant, **SIZES)
-    accelerate(model)
-    model.to(device).train()
-    engine = graphs(model, device)
-    inputs = batch(device)
-    values = [run(model, inputs) for _ in range(WARM_UP + 1)]
-    assert "longest position" in str(engine.reason)
-    use_step_graphs(model, "off")
-    assert values == [run(model, inputs)] * (WARM_UP + 1)
 
 
 def test_a_copy_records_for_itself(device: torch.device) -> None:

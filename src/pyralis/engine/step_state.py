@@ -38,13 +38,15 @@ def step_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
     model = state.kept.weights
     if model.take is not None:
         return Reason("the optimizer steps in the backward")
+    if len({*(layer.state.device for layer in model.layers), head.weight.device}) > 1:
+        return Reason("layers lie on several devices")
     around = [t for module in (*outside, causal.lm_head) for t in (*module.parameters(), *module.buffers())]
     kind = model.layers[0].state.device.type
     return (
         *(layer.state for layer in model.layers), model.gradients,
         *((t.data_ptr(), t.requires_grad) for t in around), head.weight.data_ptr(),
         tuple(save_policy(layer) for layer in backbone.layers), causal.training,
-        torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind),
+        torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 
