@@ -13,10 +13,10 @@ from pyralis.models.policy import SavePolicy
 
 Value = TypeVar("Value")
 WORDS: dict[SavePolicy, str] = {
-    "keep": "keep everything",
-    "recompute_cheap": "compute norms and act(gate) * up again",
-    "recompute_layer": "keep their input",
-    "offload_input": "have their input in host memory",
+    "keep": "everything is kept",
+    "recompute_cheap": "norms and act(gate) * up are computed again, the rest is kept",
+    "recompute_layer": "the input is kept, the rest is computed again",
+    "offload_input": "the input waits in host memory, the rest is computed again",
 }
 
 
@@ -25,11 +25,11 @@ def gib(size: float) -> str:
 
 
 def layer_lines(plan: Plan) -> list[str]:
-    """ "layers 0-17 compute norms and act(gate) * up again", one line for each run of layers alike."""
-    lines = [f"layers {span} {WORDS[policy]}" for span, policy in _runs(plan.policies)]
+    """ "layers 0-17: the input is kept, the rest is computed again", a line for each run of layers alike."""
+    lines = [f"{span}: {WORDS[policy]}" for span, policy in _runs(plan.policies)]
     kept = [span for span, kept in _runs(plan.keep_matrices) if kept]
     if kept:
-        lines.append(f"layers {', '.join(kept)} keep their dequantised matrices")
+        lines.append(f"{', '.join(kept)}: dequantised matrices are kept between uses")
     if plan.chunk_bytes is not None:
         lines.append(f"the head makes {plan.chunk_bytes >> 20} MiB of logits at a time, in place of 512")
     return lines
@@ -81,9 +81,10 @@ def summary(plan: Plan) -> str:
 
 
 def _runs(values: Iterable[Value]) -> list[tuple[str, Value]]:
-    """("0-17", value) for each run of equal ones."""
+    """("layers 0-17", value) for each run of equal ones."""
     found = []
     for value, run in groupby(enumerate(values), key=lambda pair: pair[1]):
         indices = [index for index, _ in run]
-        found.append((f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0]), value))
+        one = len(indices) == 1
+        found.append((f"layer {indices[0]}" if one else f"layers {indices[0]}-{indices[-1]}", value))
     return found
