@@ -10,14 +10,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyralis.models.block_forward import forward_to_product, gate_and_up, normed_again, rotated
+from pyralis.models.block_forward import forward_to_product, normed_again, rotated
+from pyralis.models.block_glu import drops, gate_and_up, product_backward
 from pyralis.models.block_linear import linear_backward, scaled_again, wide_gradient
 from pyralis.models.block_parts import Activations, Context, norm_backward
 from pyralis.models.gradients import FlatGradients
-from pyralis.models.group_state import GroupState
 from pyralis.models.policy import SavePolicy
 from pyralis.ops.attention import AttentionLayout, attention_backward
-from pyralis.ops.glu import glu_backward, glu_forward
+from pyralis.ops.glu import glu_forward
 from pyralis.ops.rope import rope_backward
 
 
@@ -39,23 +39,19 @@ def _mlp_backward(c: Context, a: Activations, flat: FlatGradients, dy: Tensor) -
     if a.gate_up is None:
         assert a.u3 is not None
         a.gate_up = scaled_again(state.gate_up, a.u3)
-    gate, up = gate_and_up(c, a.gate_up)
     branch = dy if spec.residual_multiplier == 1 else dy * spec.residual_multiplier
     if spec.post_mlp_norm is not None:
         assert a.d is not None
         branch = norm_backward(spec.post_mlp_norm, state, flat, branch, a.d, a.d_stats)
-    if a.product is None and _reads_with_dropout(c, state.down):
-        a.product = glu_forward(gate, up, spec.activation)
+    if a.product is None and state.down.trained.reads_input and drops(c, state.down):
+        a.product = glu_forward(*gate_and_up(c, a.gate_up), spec.activation)
     down = linear_backward(state.down, flat, branch.to(state.dtype), c.matrices[3], a.xa4, c.rng, a.product, a.u4)
-    again = a.product is None and state.down.trained.reads_input
-    grads = glu_backward(
-        down.dx, gate, up, spec.activation, dgate=gate, dup=up, h_out=down.dx if again else None, need_h=again
-    )  # a.gate_up holds its gradient from here on
-    down.finish(grads.h if again else a.product)
+    room = product_backward(c, a, flat, down)  # a.gate_up holds its gradient from here on
     del down
     if a.y2 is None and state.gate_up.trained.reads_input:
         a.y2 = normed_again(spec.pre_mlp_norm, c, a.h)
-    dy2 = linear_backward(state.gate_up, flat, a.gate_up, c.matrices[2], a.xa3, c.rng, a.y2, a.u3).finish(a.y2)
+    dy2 = linear_backward(state.gate_up, flat, a.gate_up, c.matrices[2], a.xa3, c.rng, a.y2, a.u3, room).finish(a.y2)
+    del room
     a.gate_up = a.y2 = a.product = a.u3 = a.u4 = None
     assert a.h is not None
     return norm_backward(spec.pre_mlp_norm, state, flat, dy2, a.h, a.stats2, residual_grad=dy)
@@ -105,7 +101,3 @@ def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dheads: Tenso
         if part is not None and grad is not None:
             flat.write(c.state.norms[part.path][0], grad)
     return dqkv
-
-
-def _reads_with_dropout(c: Context, group: GroupState) -> bool:
-    return c.rng is not None and group.group.has_dropout and group.trained.reads_input

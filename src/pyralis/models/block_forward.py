@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pyralis.models.block_glu import drops, product_forward
 from pyralis.models.block_linear import linear, linear_with_room, project, refresh_magnitudes, wide_rows
 from pyralis.models.block_parts import Activations, Context, norm_forward
 from pyralis.models.group_state import GroupState
 from pyralis.models.policy import SavePolicy
 from pyralis.models.spec import NormSpec
 from pyralis.ops.attention import AttentionLayout, attention_forward
-from pyralis.ops.glu import glu_forward, split_gate_up
 from pyralis.ops.rope import rope_forward
 
 
@@ -64,16 +64,8 @@ def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activa
     a.h, a.stats2 = norm_forward(spec.pre_mlp_norm, state, branch, a.y2, residual=x)
     a.xa3 = project(state.gate_up, a.y2, c.rng)
     a.gate_up, a.u3 = linear_with_room(state.gate_up, a.y2, c.matrices[2], c.rng)
-    a.product = wide_rows(state.down, T, state.dtype, x.device)
-    glu_forward(*gate_and_up(c, a.gate_up), spec.activation, out=a.product)
-    a.xa4 = project(state.down, a.product, c.rng)
+    a.product, a.xa4 = product_forward(c, a.gate_up)
     return a
-
-
-def gate_and_up(c: Context, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Views [T, I] of [T, 2 I], or of that with room."""
-    N = c.state.gate_up.group.out_features
-    return split_gate_up(gate_up if gate_up.shape[1] == N else gate_up[:, :N])
 
 
 def rotated(c: Context, a: Activations) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +98,7 @@ def kept(a: Activations, c: Context, policy: SavePolicy) -> Activations:
     a.u1, a.u2, a.u3 = (
         u if group.trained.reads_product else None for u, group in zip((a.u1, a.u2, a.u3), state.groups)
     )
-    if a.u3 is not None and not _drops(c, state.gate_up):
+    if a.u3 is not None and not drops(c, state.gate_up):
         a.gate_up = None  # made again of the product
     attention = a.attention
     assert attention is not None
@@ -126,10 +118,6 @@ def _input(
     if xa is None or not any(b is not None for b in group.trained.B):
         return x_wide if keep else None, None
     return (x_wide, xa) if keep else (None, xa.contiguous())
-
-
-def _drops(c: Context, group: GroupState) -> bool:
-    return c.rng is not None and group.group.has_dropout
 
 
 def normed_again(spec: NormSpec, c: Context, x: Tensor | None) -> Tensor:

@@ -66,7 +66,8 @@ class GluLoraLaunch:
     @classmethod
     @cache
     def of(cls, rank: int) -> GluLoraLaunch:
-        return cls(Tile(64, 64, 4, 3, (16,)), Tile(32, 256 if rank <= 16 else 128, 8, 2, (8,)))
+        few = rank <= 16
+        return cls(Tile(64, 64, 4, 3 if few else 2, (16,)), Tile(32, 256 if few else 128, 8, 2, (8,)))
 
 
 def supported(dh: Tensor, gate_up: Tensor, lora: GateUpGradients | None, down: DownGradients | None) -> str | None:

@@ -130,6 +130,7 @@ def lora_backward(
     rng: Tensor | None = None,
     stream: int = 0,
     workspace: Tensor | None = None,
+    filled: bool = False,
 ) -> Tensor:
     """The gradient of x [T, K], in `dx` if given; fills `gradients`.
 
@@ -137,7 +138,8 @@ def lora_backward(
     `lora_project` returned; A, B, weight, rng and stream as in the forward, with rng holding what it held then. All of
     any row stride. weight: of N + P rows where A [P, K] lies in the last ones; or its views, which then have B.
     dy_wide [T, N + P]: for [dy | t], where dy may lie already; made by default where weight has A's rows and dropout is
-    off, not used elsewhere: there t [T, P] is where s dy B goes. dA = t^T x can be made later of either.
+    off, not used elsewhere: there t [T, P] is where s dy B goes. dA = t^T x can be made later of either. filled: t and
+    the gradients of B are there already (`glu_lora.py`), and dy in dy_wide.
     """
     w = weight if isinstance(weight, LoraWeight) else LoraWeight.of(group, weight, B)
     T, N, K = dy.shape[0], group.out_features, group.in_features
@@ -159,7 +161,8 @@ def lora_backward(
     elif t is None:
         t = torch.empty((T, group.pad), dtype=dy.dtype, device=dy.device)
     assert w.B is not None, "a weight without LoRA columns needs B"
-    grad_B(group, dy, w.B, xa, t, gradients.B, dropout=dropout, accumulate=gradients.accumulate, copy=copy)
+    if not filled:
+        grad_B(group, dy, w.B, xa, t, gradients.B, dropout=dropout, accumulate=gradients.accumulate, copy=copy)
     if in_one:
         assert dy_wide is not None
         assert w.down is not None
