@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from pyralis.ops import lora
-from pyralis.ops._triton import Gpu, kernels_on_cpu
-from pyralis.ops.dora import weight_norm
+from pyralis.ops._triton import Gpu, at_least_float32, kernels_on_cpu
+from pyralis.ops.dora import norms_and_ratio
 from pyralis.ops.dropout_mask import new_rng
 from pyralis.ops.lora import LoraGradients, lora_backward, lora_forward, lora_project
 from pyralis.ops.lora_group import (
@@ -363,21 +363,31 @@ def test_any_group(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
-def test_weight_norm(device: torch.device, dtype: torch.dtype) -> None:
+def test_norms_and_ratio(device: torch.device, dtype: torch.dtype) -> None:
     """Against W + s B A as it stands, of what the factors are in their dtype; also where much of W is taken away."""
     group = GROUPS["dora"]
     _, weight, _ = make(group, 1, dtype, device, 0)
-    A, B, *_ = make_parameters(group, dtype, device, 0)
+    A, B, _, _, magnitude = make_parameters(group, dtype, device, 0)
     assert A[0] is not None
     assert B[0] is not None
+    assert magnitude[0] is not None
     stacked = stack_A(group, A, torch.empty(group.pad, group.in_features, dtype=dtype, device=device))
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for taken in (0.0, 0.7):
         weight[:30] -= (taken * 1.5 * B[0].double() @ A[0].double()).to(dtype)
         expected = torch.ones(group.out_features, dtype=torch.float64, device=device)
         expected[:30] = (weight[:30].double() + 1.5 * B[0].double() @ A[0].double()).norm(dim=1)
-        norm = weight_norm(group, weight, stacked, B)
-        assert norm.dtype == torch.promote_types(dtype, torch.float32)
-        torch.testing.assert_close(norm.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0)
+        wide = at_least_float32(dtype)
+        buffers = [guarded(51, dtype=wide, device=device) for _ in range(2)]
+        for buffer in buffers:
+            buffer.view[30:] = 1  # of the projection without adapter: left as it is
+        places = {"norm": buffers[0].view, "ratio": buffers[1].view}
+        norm, ratio = norms_and_ratio(group, weight, stacked, magnitude, B, **places)
+        for buffer in buffers:
+            buffer.check()
+        torch.testing.assert_close(norm.double(), expected, rtol=tolerance, atol=0)
+        expected[:30] = magnitude[0].double() / expected[:30]
+        torch.testing.assert_close(ratio.double(), expected, rtol=tolerance, atol=0)
 
 
 def test_layout() -> None:

@@ -12,6 +12,7 @@ same. Rows of projections without adapter have m / norm = 1.
 Shapes and layout as in `lora_group.py`, and what LoRA needs as in `lora.py`: x_wide with its LoRA columns filled,
 weight or its views. Source of the maths: Liu et al., DoRA (2024), equations 5 and 11.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyralis.ops._triton import at_least_float32
+from pyralis.ops._triton import at_least_float32, cdiv, launch, next_power_of_2, tl, triton, unsupported_tensors
 from pyralis.ops.dropout_mask import masked
 from pyralis.ops.feature_scale import feature_scale, feature_scale_backward
 from pyralis.ops.gemm import column_sums, gemm
@@ -31,14 +32,17 @@ from pyralis.ops.lora_group import LoraGroup
 from pyralis.ops.lora_weight import LoraWeight
 
 Tensors = Sequence[Tensor | None]  # one a projection; None where it has none
+NORM_ROWS = 4  # rows of W that a program goes over
 
 
-def weight_norm(
-    group: LoraGroup, weight: Tensor | LoraWeight, A: Tensor, B: Tensors | None = None, out: Tensor | None = None
-) -> Tensor:
-    """norm [N] float32 of the rows of W + s B A; 1 for projections without adapter.
+def norms_and_ratio(
+    group: LoraGroup, weight: Tensor | LoraWeight, A: Tensor, magnitude: Tensors, B: Tensors | None = None,
+    *, norm: Tensor | None = None, ratio: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(norm, m / norm), [N] float32: norms of the rows of W + s B A. magnitude: m of each projection, [N_j].
 
-    W + s B A is never made. With w_i and b_i the rows of W and B,
+    Rows of projections without adapter are left as they are, by default 1. W + s B A is never made. With w_i and b_i
+    the rows of W and B,
 
         norm_i^2 = |w_i|^2 + b_i . (2 s A w_i + s^2 A A^T b_i)
 
@@ -46,30 +50,62 @@ def weight_norm(
     (|w_i|^2 + |s A^T b_i|^2) / norm_i^2, so near 1e-7 unless the two all but cancel.
     """
     w = weight if isinstance(weight, LoraWeight) else LoraWeight.of(group, weight, B)
-    dtype = at_least_float32(w.W.dtype)
-    norm = torch.empty(group.out_features, dtype=dtype, device=w.W.device) if out is None else out
-    norm.fill_(1)
+    dtype, device = at_least_float32(w.W.dtype), w.W.device
+    norm = torch.ones(group.out_features, dtype=dtype, device=device) if norm is None else norm
+    ratio = torch.ones(group.out_features, dtype=dtype, device=device) if ratio is None else ratio
     for j in group.adapted:
-        rows, scale, a = group.rows[j], group.projections[j].scale, A[group.columns[j]]
-        b = w.given_B(j).to(dtype)
-        gram = torch.empty((len(a), len(a)), dtype=dtype, device=a.device)
+        rows, scale, a, b, m = (
+            group.rows[j],
+            group.projections[j].scale,
+            A[group.columns[j]],
+            w.given_B(j),
+            magnitude[j],
+        )
+        assert m is not None, f"projection {j} has a rank but no magnitude"
+        gram = torch.empty((len(a), len(a)), dtype=dtype, device=device)
         gemm(gram, a, a.t(), scale * scale, False)
-        crossed = torch.empty(b.shape, dtype=dtype, device=a.device)
+        crossed = torch.empty(b.shape, dtype=dtype, device=device)
         gemm(crossed, w.W[rows], a.t(), 2 * scale, False)
-        crossed.addmm_(b, gram).mul_(b)
-        squares = torch.linalg.vector_norm(w.W[rows], dim=1, dtype=dtype).square_().add_(crossed.sum(1))
-        torch.sqrt(squares.clamp_(min=0), out=norm[rows])
-    return norm
+        crossed.addmm_(b.to(dtype), gram)
+        _norm_rows(w.W[rows], crossed, b, m, norm[rows], ratio[rows])
+    return norm, ratio
 
 
-def magnitude_ratio(group: LoraGroup, magnitude: Tensors, norm: Tensor, out: Tensor | None = None) -> Tensor:
-    """m / norm [N] in norm's dtype; 1 for projections without magnitude [N_j]."""
-    ratio = torch.empty_like(norm) if out is None else out
-    ratio.fill_(1)
-    for rows, m in zip(group.rows, magnitude):
-        if m is not None:
-            torch.div(m.to(norm.dtype), norm[rows], out=ratio[rows])
-    return ratio
+def _norm_rows(W: Tensor, crossed: Tensor, b: Tensor, m: Tensor, norm: Tensor, ratio: Tensor) -> None:
+    """norm = sqrt(|w_i|^2 + b_i . crossed_i) and ratio = m / norm of rows [n], in one pass over W [n, K]."""
+    if unsupported_tensors(W, crossed, b, m, norm, ratio) is not None:
+        squares = torch.linalg.vector_norm(W, dim=1, dtype=norm.dtype).square_().add_((crossed * b).sum(1))
+        torch.sqrt(squares.clamp_(min=0), out=norm)
+        torch.div(m.to(norm.dtype), norm, out=ratio)
+        return
+    (n, K), rank = W.shape, b.shape[1]
+    launch(
+        _norm_kernel, (cdiv(n, NORM_ROWS),), W, crossed, b, m, norm, ratio, W.stride(0), b.stride(0),
+        device=W.device, num_warps=4,
+        N=n, K=K, RANK=rank, ROWS=NORM_ROWS, BLOCK_K=min(512, next_power_of_2(K)), BLOCK_R=next_power_of_2(rank),
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_kernel(
+    W, crossed, b, m, norm, ratio, W_stride, b_stride, N: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < N
+    total = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        col = first + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (col < K)[None, :]
+        value = tl.load(W + row[:, None] * W_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += value * value
+    r = tl.arange(0, BLOCK_R)
+    mask = inside[:, None] & (r < RANK)[None, :]
+    c = tl.load(crossed + row[:, None] * RANK + r[None, :], mask=mask, other=0.0)
+    c *= tl.load(b + row[:, None] * b_stride + r[None, :], mask=mask, other=0.0).to(tl.float32)
+    length = tl.where(inside, tl.sqrt(tl.maximum(tl.sum(total, 1) + tl.sum(c, 1), 0.0)), 1.0)
+    tl.store(norm + row, length, mask=inside)
+    tl.store(ratio + row, tl.load(m + row, mask=inside, other=0.0).to(tl.float32) / length, mask=inside)
 
 
 def dora_forward(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyralis.ops._triton import at_least_float32
-from pyralis.ops.dora import dora_backward, dora_forward, magnitude_ratio, weight_norm
+from pyralis.ops.dora import dora_backward, dora_forward, norms_and_ratio
 from pyralis.ops.dropout_mask import advance
 from pyralis.ops.dropout_mask import reference as keep_mask
 from pyralis.ops.lora import LoraGradients, lora_backward, lora_forward, lora_project
@@ -96,8 +96,7 @@ class _LoraLinear(torch.autograd.Function):
             advance(rng)
         norm = ratio = u = None
         if group.dora:
-            norm = weight_norm(group, weight, stacked, cast)
-            ratio = magnitude_ratio(group, magnitude, norm)
+            norm, ratio = norms_and_ratio(group, weight, stacked, magnitude, cast)
         x_wide = rows.new_empty(len(rows), group.width)
         x_wide[:, :K] = rows
         xa = lora_project(group, x_wide, stacked, rng=drawn, stream=stream)[:, : group.rank].contiguous()
