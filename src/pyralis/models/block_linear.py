@@ -84,6 +84,26 @@ def _features(group: GroupState, wide: Tensor) -> Tensor:
 
 
 @dataclass(slots=True, eq=False)
+class LoraRoom:
+    """Where a group's backward puts its gradients and t. filled: t and the gradients of B are there already."""
+
+    gradients: GroupGradients
+    t: Tensor  # s dy B, [T, P]
+    dy_wide: Tensor | None  # [dy | t], where one product takes both
+    filled: bool = False
+
+
+def lora_room(group: GroupState, flat: FlatGradients, dy: Tensor, dropout: bool) -> LoraRoom:
+    """dy: [T, N], or that of `wide_gradient`, which then has t behind dy. dropout: whether it is on."""
+    g, T = group.group, dy.shape[0]
+    gradients = GroupGradients.of(flat, g, group.trained, dy)
+    if not group.wide or dropout:
+        return LoraRoom(gradients, torch.empty((T, g.pad), dtype=dy.dtype, device=dy.device), None)
+    wide = dy if dy.shape[1] > g.out_features else wide_gradient(group, T, dy.dtype, dy.device)
+    return LoraRoom(gradients, wide[:, g.out_features :], wide)
+
+
+@dataclass(slots=True, eq=False)
 class LinearBackward:
     """The backward of a linear group in two parts, for an input that is known again only after dx."""
 
@@ -97,7 +117,7 @@ class LinearBackward:
     def finish(self, x: Tensor | None) -> Tensor:
         """Gradients that need x [T, K or K + P]; returns dx. What overwrites dx has to come before."""
         group = self.group.group
-        if self.group.trained.reads_input:
+        if self.A_deferred is not None or any(weight is not None for weight in self.group.trained.weights):
             assert x is not None
             x = x[:, : group.in_features]
             if self.A_deferred is not None:
@@ -116,23 +136,19 @@ def linear_backward(
     rng: Tensor | None,
     x: Tensor | None = None,
     u: Tensor | None = None,
+    room: LoraRoom | None = None,
 ) -> LinearBackward:
     """dx, and gradients of B, biases and magnitudes; `finish(x)` does the rest.
 
     dy: [T, N], or that of `wide_gradient`, which is then written to. x [T, K or K + P]: only for dropout, whose one
-    pass over x yields dA and dx. u: the second of `linear`'s results.
+    pass over x yields dA and dx. u: the second of `linear`'s results. room: that of dy, if there is one.
     """
-    g, T, dtype, device = group.group, dy.shape[0], matrix.dtype, dy.device
-    gradients = GroupGradients.of(flat, g, group.trained, dy)
-    dx = torch.empty((T, g.in_features), dtype=dtype, device=device)
-    A = dx[:0] if group.A is None else group.A
+    g = group.group
     dropout = rng is not None and g.has_dropout
-    dy_wide = None
-    if group.wide and not dropout:
-        dy_wide = dy if dy.shape[1] > g.out_features else wide_gradient(group, T, dtype, device)
-        t = dy_wide[:, g.out_features :]
-    else:
-        t = torch.empty((T, g.pad), dtype=dtype, device=device)
+    room = lora_room(group, flat, dy, dropout) if room is None else room
+    gradients, t, dy_wide = room.gradients, room.t, room.dy_wide
+    dx = torch.empty((dy.shape[0], g.in_features), dtype=matrix.dtype, device=dy.device)
+    A = dx[:0] if group.A is None else group.A
     dy = _features(group, dy)
     lora, deferred = gradients.lora, None
     if not dropout:
@@ -142,7 +158,8 @@ def linear_backward(
     weight, rng = group.weight(matrix), rng if dropout else None
     if group.dora is None:
         lora_backward(
-            g, dy, weight, x, xa, A, lora, dy_wide=dy_wide, t=t, dx=dx, rng=rng, stream=group.stream
+            g, dy, weight, x, xa, A, lora, dy_wide=dy_wide, t=t, dx=dx, rng=rng, stream=group.stream,
+            filled=room.filled,
         )  # fmt: skip
         return LinearBackward(group, gradients, dy, dx, t, deferred)
     dora = group.dora
