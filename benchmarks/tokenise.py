@@ -3,7 +3,7 @@
     python benchmarks/tokenise.py [--rows 1000000] [--workers 2] [--template qwen] [--json FILE]
 
 Makes a JSONL file of short conversations, builds it with an empty cache and once more from the cache. The peak is the
-sum of the proportional set sizes of this process and its children, sampled ten times a second: what the work takes from
+sum of the proportional set sizes of this process and its children, sampled once a second: what the work takes from
 a machine, pages that processes share counted once, mapped pages of the file included. `cpu_seconds` is the work itself, whatever else the machine does (Linux).
 """
 
@@ -58,7 +58,7 @@ class PeakMemory(threading.Thread):
 
     def run(self) -> None:
         this = psutil.Process()
-        while not self._over.wait(0.1):
+        while not self._over.wait(1):
             found = 0
             for process in [this, *this.children(recursive=True)]:
                 with suppress(psutil.Error):  # it ended meanwhile

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyralis.data.grouped import GroupedSampler
 from pyralis.data.pack import bin_pack
 
 Lengths = NDArray[np.int64]
@@ -106,7 +107,9 @@ def batch_stats(lengths: Lengths, batching: Batching, room: int | None = None, s
     order = np.random.default_rng(seed).permutation(len(lengths))
     tokens = int(lengths.sum(dtype=np.int64))
     padded = padded_positions(lengths[order], batching.micro_batch)
-    grouped = padded_positions(np.sort(lengths), batching.micro_batch)
+    step_rows = batching.micro_batch * batching.accumulation * batching.processes
+    together = GroupedSampler(lengths, step_rows, seed).order()
+    grouped = padded_positions(lengths[together], batching.micro_batch)
     packed = None
     if room is not None:
         rows = len(bin_pack(lengths.tolist(), room))
