@@ -23,6 +23,7 @@ from pyralis.train import lean
 from pyralis.train.arguments import PyralisTrainingArguments
 from pyralis.train.flat_optimizer import flat_optimizer
 from pyralis.train.trainer import PyralisTrainer
+from tests.engine.steps import make
 from tests.engine.tape import TapeRecorder
 from tests.tiny import build_tiny_model
 from tests.train.runs import run
@@ -125,10 +126,11 @@ def collated(examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def trained(model: Any, folder: Path, **values: Any) -> PyralisTrainer:
-    arguments = PyralisTrainingArguments(
-        str(folder), max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
-        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", seed=1, **values,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "max_steps": 6, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "seed": 1,
+    }  # fmt: skip
+    arguments = PyralisTrainingArguments(str(folder), **settings | values)
     trainer = PyralisTrainer(model, arguments, collated, train_dataset=rows())
     trainer.train()
     return trainer
@@ -194,3 +196,23 @@ def test_what_is_not_recorded_is_said_once(
     assert recorder.replays == 0
     (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
     assert "a hook" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_run_on_a_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Accumulated, clipped, in fp16 under a GradScaler; the flat optimizer reads gradients where graphs leave them."""
+    engines: list[step_graphs.StepGraphs] = []
+    use = step_graphs.use_step_graphs
+    monkeypatch.setattr(step_graphs, "use_step_graphs", lambda *a, **k: engines.append(use(*a, **k)) or engines[-1])
+    losses = []
+    for mode in ("off", "auto"):
+        model = make(torch.device("cuda"), dtype=torch.bfloat16 if dtype == "bf16" else torch.float16)
+        trainer = trained(
+            model, tmp_path / mode, cuda_graph=mode, use_cpu=False, max_steps=12, logging_steps=1, learning_rate=1e-3,
+            max_grad_norm=0.5, **{dtype: True},
+        )  # fmt: skip
+        assert trainer._flat_optimizer is not None
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert max(0 if engine is None else engine.replays for engine in engines) >= 4
