@@ -17,7 +17,7 @@ from pyralis.models.surgery import accelerate, fused_weights, report
 from pyralis.ops.adamw import joined
 from pyralis.train.config import config_from_dict
 from pyralis.train.fast_loss import FastLossTrainer
-from pyralis.train.full_weights import bf16_update
+from pyralis.train.full_weights import bf16_update, bytes_per_parameter
 from pyralis.train.lean import LeanTrainer
 from tests.tiny import build_tiny_model
 from tests.train.runs import run
@@ -83,7 +83,7 @@ def test_bfloat16_weights_learn_as_float32_ones_do(tmp_path: Path) -> None:
     assert fallen["nearest"] < 0.5 * fallen["float32"]
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "stock"])
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.full)], ids=["fast", "stock"])
 @pytest.mark.parametrize("kind", ["float32", "split", "stochastic"])
 @pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen2", "gemma"))]
@@ -116,7 +116,7 @@ def test_steps_in_the_backward_are_the_same_run(fast: bool, kind: str, family: s
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-@pytest.mark.parametrize("kind", ["float32", "split", "stochastic"])
+@pytest.mark.parametrize("kind", [pytest.param("float32", marks=pytest.mark.full), "split", "stochastic"])
 def test_resumes_bit_by_bit(kind: str, in_backward: bool, tmp_path: Path) -> None:
     settings = {**PLAIN, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
     dtype, update = (torch.float32, "split") if kind == "float32" else (torch.bfloat16, kind)
@@ -184,6 +184,17 @@ CONFIG = {"model_name_or_path": "m", "train_file": "d", "max_seq_length": 64, "t
 )  # fmt: skip
 def test_auto_is_split_where_the_flat_optimizer_serves(values: dict[str, Any], expected: str) -> None:
     assert bf16_update(config_from_dict(CONFIG | values).config) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, 14), ({"bf16_update": "stochastic"}, 12), ({"bf16_update": "master"}, 16),
+        ({"optim": "paged_adamw_8bit"}, 8), ({"optimizer_in_bwd": True, "optim": "adamw_bnb_8bit"}, 6),
+    ],
+)  # fmt: skip
+def test_bytes_per_parameter(values: dict[str, Any], expected: int) -> None:
+    assert bytes_per_parameter(config_from_dict(CONFIG | values).config) == expected
 
 
 @pytest.mark.parametrize(

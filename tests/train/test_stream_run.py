@@ -45,8 +45,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     [
         {"train_mode": "full", "learning_rate": 1e-3},
         {"lora_dropout": 0.1, "gradient_accumulation_steps": 2},
-        {"train_mode": "full", "learning_rate": 1e-3, "dtype": "bfloat16", "bf16_update": "stochastic"},
-        {"source_weights": [3, 1], "per_device_train_batch_size": 3},
+        pytest.param(
+            {"train_mode": "full", "learning_rate": 1e-3, "dtype": "bfloat16", "bf16_update": "stochastic"},
+            marks=pytest.mark.full,
+        ),
+        pytest.param({"source_weights": [3, 1], "per_device_train_batch_size": 3}, marks=pytest.mark.full),
     ],
     ids=["full", "dropout and accumulation", "bfloat16", "weights"],
 )

@@ -28,6 +28,13 @@ def bf16_update(config: TrainConfig) -> Literal["split", "stochastic", "master"]
     return "split" if flat else "master"
 
 
+def bytes_per_parameter(config: TrainConfig) -> int:
+    """Of weights, gradients and AdamW's states, where all weights are trained in bfloat16."""
+    weights = {"stochastic": 2, "split": 2 + 2, "master": 4}[bf16_update(config)]
+    gradients = 0 if config.optimizer_in_bwd else 4 if bf16_update(config) == "master" else 2
+    return weights + gradients + (2 if "8bit" in str(config.optim) else 8)
+
+
 def full_rule(config: TrainConfig) -> Iterator[Finding]:
     if config.train_mode != "full":
         yield from unused(config, ("bf16_update", "optimizer_in_bwd"), f"train_mode is {config.train_mode}")

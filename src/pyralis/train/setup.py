@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pyralis.models.load import LoadedModel, ModelSettings, load_model
 from pyralis.models.surgery import AccelerationReport, accelerate, report
 from pyralis.train.config import TrainConfig
 from pyralis.train.device_fit import CPU_OPTIMIZERS
-from pyralis.train.full_weights import bf16_update
+from pyralis.train.full_weights import bf16_update, bytes_per_parameter
 from pyralis.train.prepared_data import PreparedData, check_fits, longest_of, prepare_data
 from pyralis.train.refusals import refusals_named
 
@@ -65,7 +65,9 @@ def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
             max_seq_length=_length_for_rope(config, prepared),
         )
     )
-    notes = check_fits(loaded.model, prepared) + (() if half_weights is None else (half_weights,))
+    if half_weights is not None:
+        loaded = replace(loaded, notes=(*loaded.notes, half_weights))
+    notes = check_fits(loaded.model, prepared)
     if config.task_type == "sft" and config.packing:
         require_isolation(loaded.model)
     acceleration = accelerate(loaded.model, config.acceleration)
@@ -93,7 +95,7 @@ def _half_weights(config: TrainConfig) -> str | None:
     if config.train_mode != "full" or dtype != torch.bfloat16 or (update := bf16_update(config)) == "master":
         return None
     how = {"split": "their lower 16 bits beside the optimizer's states", "stochastic": "rounded stochastically"}
-    return f"bfloat16 weights, {how[update]}"
+    return f"bfloat16 weights, {how[update]}: {bytes_per_parameter(config)} bytes a parameter, activations apart"
 
 
 def _length_for_rope(config: TrainConfig, prepared: PreparedData) -> int | None:
