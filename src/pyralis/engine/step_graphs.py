@@ -118,16 +118,20 @@ class StepGraphs:
         return True
 
     def __call__(self, causal: Any, head: Head, arguments: Mapping[str, Any], request: LossRequest) -> Tensor:
+        def as_it_is() -> Tensor:
+            loss: Tensor = answer_of_decoder(causal, head, arguments, request).loss
+            return loss
+
         found = self._find(causal, head, arguments, request)
         if isinstance(found, Reason):
             self._tell(found)
-            return self._roomy(lambda: answer_of_decoder(causal, head, arguments, request).loss)
+            return self._roomy(as_it_is)
         step = self._steps.get(found.key)
         if step is None:
             reason = self._refused.get(found.key) or self._warms_up(found) or self._record(found)
             if reason is not None:
                 self._tell(reason)
-                return self._roomy(partial(self._as_recorded, found))
+                return self._roomy(partial(self._as_recorded, found) if reason is FIRST_STEPS else as_it_is)
             step = self._steps[found.key]
         self.reason, self.replays = None, self.replays + 1
         step.weights.before_replay()
