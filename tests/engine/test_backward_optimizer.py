@@ -13,21 +13,23 @@ from pyralis.engine.backward_optimizer import BackwardAdamW
 from pyralis.engine.flat_parameters import flatten_parameters
 from pyralis.engine.optimizer import FlatAdamW
 from pyralis.errors import ConfigError, ModelError
+from pyralis.ops._triton import INTERPRETED, kernels_on_cpu
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ROUNDINGS = {"float32": torch.float32, "stochastic": torch.bfloat16, "split": torch.bfloat16}
 
 
 class Net(nn.Module):
     """Layers with padding between their parameters; `odd` is used in every other step, `never` in none."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: str = "cpu") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Sequential(nn.Linear(30, 50), nn.Linear(50, 64))
         self.second = nn.Sequential(nn.Linear(64, 130), nn.Linear(130, 30))
         self.odd, self.never = nn.Linear(30, 30), nn.Linear(30, 30)
         self.scale = nn.Parameter(torch.ones(30))
-        self.to(dtype)
+        self.to(device, dtype)
         flatten_parameters([*self.parameters()])
 
     def forward(self, x: Tensor, step: int) -> Tensor:
@@ -61,7 +63,7 @@ def run(net: Net, optimizer: FlatAdamW, steps: range, schedule: bool = True) -> 
     for step in steps:
         if schedule:
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
-        x = torch.randn(8, 30, generator=torch.Generator().manual_seed(step)).to(net.scale.dtype)
+        x = torch.randn(8, 30, generator=torch.Generator().manual_seed(step)).to(net.scale)
         loss = net(x, step).float().square().mean()
         loss.backward()
         optimizer.step()
@@ -75,10 +77,11 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(p, q), name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_is_the_flat_optimizers_step_bit_by_bit(bits: int, rounding: str) -> None:
-    plain, ours = Net(ROUNDINGS[rounding]), Net(ROUNDINGS[rounding])
+def test_is_the_flat_optimizers_step_bit_by_bit(bits: int, rounding: str, device: str) -> None:
+    plain, ours = (Net(ROUNDINGS[rounding], device) for _ in range(2))
     first, second = make(FlatAdamW, plain, bits, rounding), make(BackwardAdamW, ours, bits, rounding)
     assert run(plain, first, range(7)) == run(ours, second, range(7))
     assert_same(plain, ours)
@@ -86,6 +89,16 @@ def test_is_the_flat_optimizers_step_bit_by_bit(bits: int, rounding: str) -> Non
         theirs, mine = first.state[p], second.state[q]
         for name in theirs.keys() - {"step", "qmap1", "qmap2"}:
             assert torch.equal(theirs[name], mine[name]), name
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here, and run on the GPU above")
+@pytest.mark.parametrize(("bits", "rounding"), [(32, "stochastic"), (8, "split")])
+def test_kernels_take_parts_as_the_whole(bits: int, rounding: str) -> None:
+    plain, ours = (Net(torch.bfloat16) for _ in range(2))
+    with kernels_on_cpu():
+        run(plain, make(FlatAdamW, plain, bits, rounding), range(3))
+        run(ours, make(BackwardAdamW, ours, bits, rounding), range(3))
+    assert_same(plain, ours)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
