@@ -19,6 +19,7 @@ from pyralis.data.left_out import LEFT_OUT_NAME
 from pyralis.data.progress import tokenising
 from pyralis.data.template import install_template
 from pyralis.errors import ConfigError
+from pyralis.models.staging import write_text
 from pyralis.train.answers import answer_questions, answers_table
 from pyralis.train.check_files import check_files
 from pyralis.train.checkpoint import (
@@ -42,6 +43,7 @@ from pyralis.train.live import LiveLine
 from pyralis.train.lock import only_run_in
 from pyralis.train.make_trainer import make_trainer
 from pyralis.train.metrics import MetricsCallback, MetricsWriter
+from pyralis.train.model_card import model_card
 from pyralis.train.outcome import (
     OutcomeFiles,
     describe_start,
@@ -210,9 +212,9 @@ def _run(
 
     after = [] if interrupted else _answers(config, prepared, model, questions, console, "after")
     samples = tuple(SampleAnswer(*row) for row in zip(questions, before, after))
-    if main and not interrupted:
-        _save_result(trainer, output_dir)
     summary = summarise(metrics.history)
+    if main and not interrupted:
+        _save_result(trainer, output_dir, model_card(info, summary))
     files = OutcomeFiles(metrics=output_dir / METRICS_NAME)
     if main:
         batches = data_stats(prepared.data.train, config)
@@ -248,13 +250,14 @@ def _answers(
         )
 
 
-def _save_result(trainer: PyralisTrainer, output_dir: Path) -> None:
-    """Adapter or model, tokenizer and template: written into a folder beside, then moved in. The run's record names
+def _save_result(trainer: PyralisTrainer, output_dir: Path, card: str) -> None:
+    """Adapter or model, tokenizer, template, card: written into a folder beside, then moved in. The run's record names
     them first, so that a run that starts anew finds all of them to clear away."""
     staging = output_dir / f"{STAGING_PREFIX}result"
     shutil.rmtree(staging, ignore_errors=True)
     with save_errors_named(f"the result could not be saved into {output_dir}", staging, output_dir):
         trainer.save_model(str(staging))
+        write_text(staging / "README.md", card)
         names = sorted(path.name for path in staging.iterdir())
         write_json(output_dir / RUN_NAME, run_record(output_dir) | {"result": names})
         publish(staging, output_dir)
