@@ -67,7 +67,7 @@ class GluLoraLaunch:
     @cache
     def of(cls, rank: int) -> GluLoraLaunch:
         few = rank <= 16
-        return cls(Tile(64, 64, 4, 3 if few else 2, (16,)), Tile(32, 256 if few else 128, 8, 2, (8,)))
+        return cls(Tile(64, 64, 4, 3 if few else 2, (16,)), Tile(32, 256 if few else 128, 8, 2, (24,)))
 
 
 def supported(dh: Tensor, gate_up: Tensor, lora: GateUpGradients | None, down: DownGradients | None) -> str | None:
