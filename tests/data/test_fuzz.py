@@ -217,7 +217,7 @@ def test_damaged_files(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", FILES)
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_very_many_damaged_files(name: str, data: st.DataObject) -> None:
     check_file(name, data.draw(damaged(FILES[name])), data.draw(st.sampled_from(["error", "skip"])))

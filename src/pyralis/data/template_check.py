@@ -38,7 +38,8 @@ def template_notes(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -
         ours, own = difference
         notes.append(
             f"template_name {template.name} writes {ours} where the tokenizer's own chat template writes {own}. A chat "
-            'model learns faster, and forgets less, with its own: set template_name to "". A base model takes either.'
+            'model was made with its own: set template_name to "", unless it is to learn another. A base model takes '
+            "either."
         )
     return notes
 
