@@ -198,13 +198,16 @@ def test_deterministic_over_splits(device: torch.device, monkeypatch: pytest.Mon
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     T=st.integers(1, 70), size=st.integers(1, 150), rank=st.integers(1, 32), adapted=st.sampled_from(list(ADAPTED)),
-    activation=st.sampled_from(ACTIVATIONS), tile=st.sampled_from([Tile(16, 32, 4), Tile(64, 64, 4, 2, (64,))]),
+    activation=st.sampled_from(ACTIVATIONS),
+    plan=st.sampled_from([(Tile(16, 32, 4), 1), (Tile(64, 64, 4, 2, (64,)), 2), (Tile(32, 32, 4), 2)]),
 )  # fmt: skip
-def test_any_shape_and_launch(T: int, size: int, rank: int, adapted: str, activation: Activation, tile: Tile) -> None:
+def test_any_shape_and_launch(
+    T: int, size: int, rank: int, adapted: str, activation: Activation, plan: tuple[Tile, int]
+) -> None:
     problem, results = Problem(ADAPTED[adapted], T, size, rank, torch.float16, CPU, 5), []
     for enabled in (True, False):
         with kernels_on_cpu(enabled), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(GluLoraLaunch, "of", lambda _: GluLoraLaunch(tile, tile))
+            patch.setattr(GluLoraLaunch, "of", lambda *_: GluLoraLaunch(plan[0], *plan))
             out = torch.full((T, problem.down.width), torch.nan).half()
             glu_lora_forward(problem.gate_up, activation, problem.down, problem.A, out=out)
             results.append((out, *(x.clone() for x in problem.run(activation, problem.outputs()[0]))))

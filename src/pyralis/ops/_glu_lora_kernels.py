@@ -51,14 +51,42 @@ def _store_rows(at, row, rows, value, RANK: tl.constexpr, BLOCK_R: tl.constexpr)
     tl.store(at + row[:, None] * RANK + r[None, :], value, mask=(row < rows)[:, None] & (r < RANK)[None, :])
 
 
+@triton.jit
+def _tile_backward(
+    dh, gate, B_gate, B_up, row, T, feature, dh_stride, stride, B_stride, x_gate, x_up, t_down,
+    t_gate, t_up, dB_gate, dB_up, dA,
+    SIZE: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dgate and dup of a tile; returns the five sums with its share."""
+    inside = (row < T)[:, None] & (feature < SIZE)[None, :]
+    up = gate + SIZE
+    d = _tile(dh, row, dh_stride, feature, inside)
+    g = _anchored(_tile(gate, row, stride, feature, inside), inside)
+    u = _tile(up, row, stride, feature, inside)
+    value, slope = activate_tile(g, ACTIVATION)
+    dgate = _stored(gate, row, stride, feature, inside, d * u * slope)
+    dup = _stored(up, row, stride, feature, inside, d * value)
+    if t_down is not None:
+        dtype: tl.constexpr = gate.dtype.element_ty
+        dA += tl.dot(tl.trans(operand(_rounded(round_to(value, dtype) * u, dtype))), t_down)
+    if x_gate is not None:  # B is loaded again and again: what a loop does not change is kept in registers
+        t_gate += tl.dot(dgate, _B_tile(B_gate, feature, B_stride, SIZE, RANK, BLOCK_R))
+        dB_gate += tl.dot(tl.trans(dgate), x_gate)
+    if x_up is not None:
+        t_up += tl.dot(dup, _B_tile(B_up, feature, B_stride, SIZE, RANK, BLOCK_R))
+        dB_up += tl.dot(tl.trans(dup), x_up)
+    return t_gate, t_up, dB_gate, dB_up, dA
+
+
 @triton.jit(do_not_specialize=["T", "span"])
 def glu_lora_backward_kernel(
     dh, gate, B_gate, B_up, xa, t_down, t_parts, dB_parts, dA_parts, T, span,
     dh_stride, stride, B_stride, xa_stride, t_stride,
     SIZE: tl.constexpr, RANK: tl.constexpr, UP_COLUMN: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A strip of features and a span of tokens. None: B_gate, B_up without an adapter there, t_down without down's.
+    """A strip of one or two tiles of features, and a span of tokens. None: B_gate, B_up without an adapter there, and
+    t_down without down's.
 
     up lies behind gate in rows `stride` apart. Parts of t and dB are laid out as `lora_grad_b` adds them up, gate's and
     then up's; those of dA are [splits, RANK, SIZE].
@@ -67,43 +95,43 @@ def glu_lora_backward_kernel(
     UP: tl.constexpr = B_up is not None
     DOWN: tl.constexpr = t_down is not None
     strip, split = tl.program_id(0), tl.program_id(1)
-    feature = strip * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.arange(0, BLOCK_R)
-    up = gate + SIZE
+    feature0 = strip * TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    feature1 = feature0 + BLOCK_N
     up_strip = strip + (tl.num_programs(0) if GATE else 0)
-    dB_gate = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    dB_up = dB_gate
-    dA = dB_gate  # transposed: products of many rows are spread over warps
+    dB_gate0 = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    dB_up0, dA0, dB_gate1, dB_up1, dA1 = dB_gate0, dB_gate0, dB_gate0, dB_gate0, dB_gate0
     for token in range(split * span, min(T, (split + 1) * span), BLOCK_T):
         row = tl.arange(0, BLOCK_T).to(tl.int64) + token
-        inside = (row < T)[:, None] & (feature < SIZE)[None, :]
-        d = _tile(dh, row, dh_stride, feature, inside)
-        g = _anchored(_tile(gate, row, stride, feature, inside), inside)
-        u = _tile(up, row, stride, feature, inside)
-        value, slope = activate_tile(g, ACTIVATION)
-        dgate = _stored(gate, row, stride, feature, inside, d * u * slope)
-        dup = _stored(up, row, stride, feature, inside, d * value)
-        if DOWN:
-            dtype: tl.constexpr = gate.dtype.element_ty
-            h = operand(_rounded(round_to(value, dtype) * u, dtype))
-            dA += tl.dot(tl.trans(h), columns_tile(t_down, row, T, t_stride, 0, RANK, BLOCK_R))
-        if GATE:  # B is loaded again and again: what a loop does not change is kept in registers
-            b = _B_tile(B_gate, feature, B_stride, SIZE, RANK, BLOCK_R)
-            dB_gate += tl.dot(tl.trans(dgate), columns_tile(xa, row, T, xa_stride, 0, RANK, BLOCK_R))
-            _store_rows(t_parts + strip * T.to(tl.int64) * RANK, row, T, tl.dot(dgate, b), RANK, BLOCK_R)
+        x_gate = columns_tile(xa, row, T, xa_stride, 0, RANK, BLOCK_R) if GATE else None
+        x_up = columns_tile(xa, row, T, xa_stride, UP_COLUMN, RANK, BLOCK_R) if UP else None
+        t_tile = columns_tile(t_down, row, T, t_stride, 0, RANK, BLOCK_R) if DOWN else None
+        t_gate = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        t_gate, t_up, dB_gate0, dB_up0, dA0 = _tile_backward(
+            dh, gate, B_gate, B_up, row, T, feature0, dh_stride, stride, B_stride, x_gate, x_up, t_tile,
+            t_gate, t_gate, dB_gate0, dB_up0, dA0, SIZE, RANK, ACTIVATION, BLOCK_R,
+        )  # fmt: skip
+        if TILES > 1:
+            t_gate, t_up, dB_gate1, dB_up1, dA1 = _tile_backward(
+                dh, gate, B_gate, B_up, row, T, feature1, dh_stride, stride, B_stride, x_gate, x_up, t_tile,
+                t_gate, t_up, dB_gate1, dB_up1, dA1, SIZE, RANK, ACTIVATION, BLOCK_R,
+            )  # fmt: skip
+        if GATE:
+            _store_rows(t_parts + strip * T.to(tl.int64) * RANK, row, T, t_gate, RANK, BLOCK_R)
         if UP:
-            b = _B_tile(B_up, feature, B_stride, SIZE, RANK, BLOCK_R)
-            dB_up += tl.dot(tl.trans(dup), columns_tile(xa, row, T, xa_stride, UP_COLUMN, RANK, BLOCK_R))
-            _store_rows(t_parts + up_strip * T.to(tl.int64) * RANK, row, T, tl.dot(dup, b), RANK, BLOCK_R)
+            _store_rows(t_parts + up_strip * T.to(tl.int64) * RANK, row, T, t_up, RANK, BLOCK_R)
     split = split.to(tl.int64)
-    if GATE:
-        _store_rows(dB_parts + split * ((1 + UP) * SIZE * RANK), feature, SIZE, dB_gate, RANK, BLOCK_R)
-    if UP:
-        at = dB_parts + (split * (1 + GATE) + GATE) * (SIZE * RANK)
-        _store_rows(at, feature, SIZE, dB_up, RANK, BLOCK_R)
-    if DOWN:
-        at = dA_parts + split * (RANK * SIZE) + r[None, :] * SIZE + feature[:, None]
-        tl.store(at, dA, mask=(feature < SIZE)[:, None] & (r < RANK)[None, :])
+    r = tl.arange(0, BLOCK_R)
+    for tile in tl.static_range(TILES):
+        feature = feature1 if tile else feature0
+        if GATE:
+            at = dB_parts + split * ((1 + UP) * SIZE * RANK)
+            _store_rows(at, feature, SIZE, dB_gate1 if tile else dB_gate0, RANK, BLOCK_R)
+        if UP:
+            at = dB_parts + (split * (1 + GATE) + GATE) * (SIZE * RANK)
+            _store_rows(at, feature, SIZE, dB_up1 if tile else dB_up0, RANK, BLOCK_R)
+        if DOWN:  # transposed: products of many rows are spread over warps
+            at = dA_parts + split * (RANK * SIZE) + r[None, :] * SIZE + feature[:, None]
+            tl.store(at, dA1 if tile else dA0, mask=(feature < SIZE)[:, None] & (r < RANK)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "span"])

@@ -165,7 +165,7 @@ def activate_tile(g, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         s = tl.sigmoid(g)
         value = g * s
-        slope = s * (1.0 + g * (1.0 - s))
+        slope = s + value * (1.0 - s)
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(y)) / 2 = sigmoid(z), z = 2 y: neither it nor its complement cancels; 2 * sqrt(2 / pi) = 1.5957691
         z = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)

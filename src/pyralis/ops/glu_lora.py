@@ -58,16 +58,23 @@ class DownGradients:
 
 @dataclass(frozen=True, slots=True)
 class GluLoraLaunch:
-    """What programs hold at a time: the forward's go over features, the backward's over tokens."""
+    """What programs hold at a time: the forward's go over features, the backward's over tokens.
+
+    tiles: 1 or 2, into which a backward's columns are cut. Of each block of tokens a program goes over them one after
+    the other: registers for one of them, and for the sums of both.
+    """
 
     forward: Tile
     backward: Tile
+    tiles: int
 
     @classmethod
     @cache
-    def of(cls, rank: int) -> GluLoraLaunch:
-        few = rank <= 16
-        return cls(Tile(64, 64, 4, 3 if few else 2, (16,)), Tile(32, 256 if few else 128, 8, 2, (24,)))
+    def of(cls, rank: int, activation: Activation) -> GluLoraLaunch:
+        forward = Tile(64, 64, 4, 3 if rank <= 16 else 2, (16,))
+        if rank <= 16 and activation != "gelu":  # erf takes registers
+            return cls(forward, Tile(32, 256, 8, 2, (24,)), tiles=2)
+        return cls(forward, Tile(32, 128, 8, 2, (24,)), tiles=1)
 
 
 def supported(dh: Tensor, gate_up: Tensor, lora: GateUpGradients | None, down: DownGradients | None) -> str | None:
@@ -125,7 +132,8 @@ def glu_lora_backward(
     T, size = dh.shape
     device = dh.device
     rank = lora.group.runs[0].like.rank if lora is not None else len(down.dA)  # type: ignore[union-attr]
-    tile = GluLoraLaunch.of(rank).backward
+    plan = GluLoraLaunch.of(rank, activation)
+    tile, tiles = plan.backward, plan.tiles
     strips = cdiv(size, tile.columns)
     splits = tile.splits(strips, cdiv(T, 4 * tile.block_t), 1, gpu_of(device).sm_count)
 
@@ -146,7 +154,7 @@ def glu_lora_backward(
         next((b.stride(0) for b in B if b is not None), 0), *(0 if x is None else x.stride(0) for x in (xa, t)),
         device=device, num_warps=tile.warps, num_stages=tile.stages,
         SIZE=size, RANK=rank, UP_COLUMN=column, ACTIVATION=activation,
-        BLOCK_T=tile.block_t, BLOCK_N=tile.columns, BLOCK_R=DotLaunch.of(rank).block_r,
+        BLOCK_T=tile.block_t, BLOCK_N=tile.columns // tiles, BLOCK_R=DotLaunch.of(rank).block_r, TILES=tiles,
     )  # fmt: skip
     if lora is not None and part is not None and t_parts is not None and dB_parts is not None:
         add_up(lora.group, part, t_parts, dB_parts, lora.t, lora.dB, part.run.like.scale, lora.accumulate)
@@ -191,7 +199,7 @@ def glu_lora_forward(gate_up: Tensor, activation: Activation, group: LoraGroup, 
         glu_forward(gate, up, activation, out=out[:, :size])
         return lora_project(group, out, A)
     rank, scale, device = group.rank, group.projections[0].scale, out.device
-    tile = GluLoraLaunch.of(rank).forward
+    tile = GluLoraLaunch.of(rank, activation).forward
     blocks = cdiv(size, tile.columns)
     splits = tile.splits(cdiv(T, tile.block_t), cdiv(blocks, 4), 1, gpu_of(device).sm_count)
     partial = None if splits == 1 else torch.empty((splits, T, rank), dtype=torch.float32, device=device)
