@@ -6,6 +6,7 @@ import gc
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,10 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Watches every op. `now()`: bytes of the storages that they made and that somebody still holds."""
+    """Watches every op. `now()`: bytes of the storages that they made and that somebody still holds.
 
-    def __init__(self) -> None:
+    peak: the most that there were after an op, since it was last set to 0. watched: whether that is looked at.
+    """
+
+    def __init__(self, *, watched: bool = False) -> None:
         super().__init__()
+        self.peak, self._watched = 0, watched
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(
@@ -24,11 +29,18 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.set_:  # the interpreter's: no memory of its own
+            return out
         for made in tree_leaves(out):
             if isinstance(made, Tensor) and (storage := made.untyped_storage())._cdata not in given:
                 self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        if self._watched:
+            self.peak = max(self.peak, self._alive())
         return out
 
     def now(self) -> int:
         gc.collect()
+        return self._alive()
+
+    def _alive(self) -> int:
         return sum(size for reference, size in self._seen.values() if not reference.expired())

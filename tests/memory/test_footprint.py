@@ -31,9 +31,9 @@ FAMILIES = ["llama", "llama-biases", "qwen3", "gemma3_text", "phi3", "granite"]
 LORA = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
 
 
-def build(name: str, *, four_bit: bool = False, lora: LoraConfig | None = LORA) -> Any:
+def build(name: str, *, four_bit: bool = False, lora: LoraConfig | None = LORA, **config: Any) -> Any:
     """A fast model without final norm, checkpointed, in training."""
-    model: Any = build_tiny_variant(name)
+    model: Any = build_tiny_variant(name, **config)
     if four_bit:
         for parent in list(model.model.layers.modules()):
             for child_name, child in list(parent.named_children()):

@@ -52,7 +52,7 @@ def _mlp_backward(c: Context, a: Activations, flat: FlatGradients, dy: Tensor) -
         a.y2 = normed_again(spec.pre_mlp_norm, c, a.h)
     dy2 = linear_backward(state.gate_up, flat, a.gate_up, c.matrices[2], a.xa3, c.rng, a.y2, a.u3, room).finish(a.y2)
     del room
-    a.gate_up = a.y2 = a.product = a.u3 = a.u4 = None
+    a.gate_up = a.y2 = a.product = a.xa3 = a.xa4 = a.u3 = a.u4 = None  # xa3 and xa4 are columns of y2 and product
     assert a.h is not None
     return norm_backward(spec.pre_mlp_norm, state, flat, dy2, a.h, a.stats2, residual_grad=dy)
 
