@@ -43,6 +43,7 @@ def device_rates(device: torch.device) -> GpuRates:
         return known
     begin = time.perf_counter()
     rates = measure_rates(device)
+    torch.cuda.empty_cache()
     logger.info("%s was measured for the memory plan in %.1f s.", name, time.perf_counter() - begin)
     if torch.cuda.mem_get_info(device)[0] > LEAST_FREE:
         keep_rates(path, rates)
@@ -82,8 +83,9 @@ def measure_rates(device: torch.device, *, scale: float = 1.0) -> GpuRates:
     capability = torch.cuda.get_device_capability(device) if on_gpu else (8, 0)
     dtype = (torch.bfloat16 if capability >= (8, 0) else torch.float16) if on_gpu else torch.float32
     a, b, out = (torch.zeros((side, side), dtype=dtype, device=device) for _ in range(3))
-    a.normal_(std=0.1)  # zeros take less power, and so less time
-    b.normal_(std=0.1)
+    generator = torch.Generator(device).manual_seed(0)  # a run's random numbers stay as they are
+    for matrix in (a, b):  # zeros take less power, and so less time
+        matrix.normal_(std=0.1, generator=generator)
     flops = 2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
     link = copy
     if on_gpu:
