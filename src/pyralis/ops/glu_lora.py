@@ -70,11 +70,13 @@ class GluLoraLaunch:
 
     @classmethod
     @cache
-    def of(cls, rank: int, activation: Activation) -> GluLoraLaunch:
-        forward = Tile(64, 64, 4, 3 if rank <= 16 else 2, (16,))
-        if rank <= 16 and activation != "gelu":  # erf takes registers
-            return cls(forward, Tile(32, 256, 8, 2, (24,)), tiles=2)
-        return cls(forward, Tile(32, 128, 8, 2, (24,)), tiles=1)
+    def of(cls, rank: int, activation: Activation, aligned: bool) -> GluLoraLaunch:
+        """aligned: rows start at multiples of 16 elements; others are loaded element by element."""
+        few = rank <= 16
+        forward, stages = Tile(64, 64, 4, 3 if few else 2, (16,)), 2 if few and aligned else 1
+        if few and activation != "gelu":  # erf takes registers
+            return cls(forward, Tile(32, 256, 8, stages, (24,)), tiles=2)
+        return cls(forward, Tile(32, 128, 8, stages, (24,)), tiles=1)
 
 
 def supported(dh: Tensor, gate_up: Tensor, lora: GateUpGradients | None, down: DownGradients | None) -> str | None:
@@ -132,7 +134,8 @@ def glu_lora_backward(
     T, size = dh.shape
     device = dh.device
     rank = lora.group.runs[0].like.rank if lora is not None else len(down.dA)  # type: ignore[union-attr]
-    plan = GluLoraLaunch.of(rank, activation)
+    aligned = all(n % 16 == 0 for n in (size, dh.stride(0), gate_up.stride(0)))
+    plan = GluLoraLaunch.of(rank, activation, aligned)
     tile, tiles = plan.backward, plan.tiles
     strips = cdiv(size, tile.columns)
     splits = tile.splits(strips, cdiv(T, 4 * tile.block_t), 1, gpu_of(device).sm_count)
@@ -199,7 +202,7 @@ def glu_lora_forward(gate_up: Tensor, activation: Activation, group: LoraGroup, 
         glu_forward(gate, up, activation, out=out[:, :size])
         return lora_project(group, out, A)
     rank, scale, device = group.rank, group.projections[0].scale, out.device
-    tile = GluLoraLaunch.of(rank, activation).forward
+    tile = GluLoraLaunch.of(rank, activation, aligned=True).forward
     blocks = cdiv(size, tile.columns)
     splits = tile.splits(cdiv(T, tile.block_t), cdiv(blocks, 4), 1, gpu_of(device).sm_count)
     partial = None if splits == 1 else torch.empty((splits, T, rank), dtype=torch.float32, device=device)
