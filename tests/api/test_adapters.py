@@ -122,7 +122,7 @@ def test_starts(llama: Path, start: bool | str) -> None:
 @pytest.mark.parametrize("config", [{}, None, {"loftq_bits": 8}, LoftQConfig(loftq_bits=4, loftq_iter=2)])
 def test_loftq(llama: Path, config: Any) -> None:
     if importlib.util.find_spec("scipy") is None:
-        with pytest.raises(ModelError, match="package 'scipy' is not installed"):
+        with pytest.raises(ModelError, match="needs the package scipy"):
             attach(llama, init_lora_weights="loftq", loftq_config=config)
         return
     model = attach(llama, init_lora_weights="loftq", loftq_config=config)

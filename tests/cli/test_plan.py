@@ -134,6 +134,7 @@ def test_a_plan_that_does_not_fit_fails() -> None:
     result = CliRunner().invoke(build_app(), ["plan", f"train_args/{QLORA}.json", "--gpu", "6GB"])
     assert result.exit_code == 1
     assert "it does not fit" in result.stdout
+    assert "tokens/s" not in result.stdout
 
 
 def test_the_page_shows_what_the_command_prints() -> None:

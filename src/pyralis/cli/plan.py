@@ -91,6 +91,17 @@ def show(planned: PlannedRun) -> list[RenderableType]:
 def facts(planned: PlannedRun) -> list[str]:
     from pyralis.memory.explain import gib
 
+    found = []
+    if planned.plan.fits:
+        found += speed(planned)
+    found.append(f"largest batch: {planned.largest_batch:,} rows of {planned.length:,} tokens")
+    found.append(f"longest context: {planned.longest:,} tokens in one row")
+    if planned.plan.memory.host:
+        found.append(f"host memory for inputs of layers: {gib(planned.plan.memory.host)}")
+    return [*found, *(f"note: {note}" for note in planned.notes)]
+
+
+def speed(planned: PlannedRun) -> list[str]:
     found = [f"{planned.tokens_per_second:,.0f} tokens/s"]
     if planned.data is not None and planned.hours is not None:
         about = "" if planned.data.exact else "about "
@@ -98,11 +109,7 @@ def facts(planned: PlannedRun) -> list[str]:
         found.append(f"{about}{planned.data.tokens:,} tokens of data, {epochs}: {about}{duration(planned.hours)}")
     else:
         found.append("the data is not here: how long it takes is not known")
-    found.append(f"largest batch: {planned.largest_batch:,} rows of {planned.length:,} tokens")
-    found.append(f"longest context: {planned.longest:,} tokens in one row")
-    if planned.plan.memory.host:
-        found.append(f"host memory for inputs of layers: {gib(planned.plan.memory.host)}")
-    return [*found, *(f"note: {note}" for note in planned.notes)]
+    return found
 
 
 def duration(hours: float) -> str:
