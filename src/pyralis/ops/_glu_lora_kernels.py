@@ -37,11 +37,17 @@ def _stored(at, row, stride, col, inside, value):
 
 
 @triton.jit
-def _B_tile(B, feature, stride, SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+def _B_tile(
+    B, feature, stride, SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
     """[features, BLOCK_R]"""
     r = tl.arange(0, BLOCK_R)
-    mask = (feature < SIZE)[:, None] & (r < RANK)[None, :]
-    return operand(tl.load(B + feature[:, None].to(tl.int64) * stride + r[None, :], mask=mask, other=0.0))
+    at = B + feature[:, None].to(tl.int64) * stride + r[None, :]
+    if EVEN and RANK == BLOCK_R:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(feature < SIZE)[:, None] & (r < RANK)[None, :], other=0.0)
+    return operand(tile)
 
 
 @triton.jit
@@ -55,10 +61,13 @@ def _store_rows(at, row, rows, value, RANK: tl.constexpr, BLOCK_R: tl.constexpr)
 def _tile_backward(
     dh, gate, B_gate, B_up, row, T, feature, dh_stride, stride, B_stride, x_gate, x_up, t_down,
     t_gate, t_up, dB_gate, dB_up, dA,
-    SIZE: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr,
+    SIZE: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """dgate and dup of a tile; returns the five sums with its share."""
-    inside = (row < T)[:, None] & (feature < SIZE)[None, :]
+    """dgate and dup of a tile; returns the five sums with its share. EVEN: no feature is outside (masks take
+    registers)."""
+    inside = (row < T)[:, None]
+    if not EVEN:
+        inside = inside & (feature < SIZE)[None, :]
     up = gate + SIZE
     d = _tile(dh, row, dh_stride, feature, inside)
     g = _anchored(_tile(gate, row, stride, feature, inside), inside)
@@ -70,10 +79,10 @@ def _tile_backward(
         dtype: tl.constexpr = gate.dtype.element_ty
         dA += tl.dot(tl.trans(operand(_rounded(round_to(value, dtype) * u, dtype))), t_down)
     if x_gate is not None:  # B is loaded again and again: what a loop does not change is kept in registers
-        t_gate += tl.dot(dgate, _B_tile(B_gate, feature, B_stride, SIZE, RANK, BLOCK_R))
+        t_gate += tl.dot(dgate, _B_tile(B_gate, feature, B_stride, SIZE, RANK, BLOCK_R, EVEN))
         dB_gate += tl.dot(tl.trans(dgate), x_gate)
     if x_up is not None:
-        t_up += tl.dot(dup, _B_tile(B_up, feature, B_stride, SIZE, RANK, BLOCK_R))
+        t_up += tl.dot(dup, _B_tile(B_up, feature, B_stride, SIZE, RANK, BLOCK_R, EVEN))
         dB_up += tl.dot(tl.trans(dup), x_up)
     return t_gate, t_up, dB_gate, dB_up, dA
 
@@ -94,6 +103,7 @@ def glu_lora_backward_kernel(
     GATE: tl.constexpr = B_gate is not None
     UP: tl.constexpr = B_up is not None
     DOWN: tl.constexpr = t_down is not None
+    EVEN: tl.constexpr = SIZE % (BLOCK_N * TILES) == 0
     strip, split = tl.program_id(0), tl.program_id(1)
     feature0 = strip * TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     feature1 = feature0 + BLOCK_N
@@ -108,12 +118,12 @@ def glu_lora_backward_kernel(
         t_gate = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
         t_gate, t_up, dB_gate0, dB_up0, dA0 = _tile_backward(
             dh, gate, B_gate, B_up, row, T, feature0, dh_stride, stride, B_stride, x_gate, x_up, t_tile,
-            t_gate, t_gate, dB_gate0, dB_up0, dA0, SIZE, RANK, ACTIVATION, BLOCK_R,
+            t_gate, t_gate, dB_gate0, dB_up0, dA0, SIZE, RANK, ACTIVATION, BLOCK_R, EVEN,
         )  # fmt: skip
         if TILES > 1:
             t_gate, t_up, dB_gate1, dB_up1, dA1 = _tile_backward(
                 dh, gate, B_gate, B_up, row, T, feature1, dh_stride, stride, B_stride, x_gate, x_up, t_tile,
-                t_gate, t_up, dB_gate1, dB_up1, dA1, SIZE, RANK, ACTIVATION, BLOCK_R,
+                t_gate, t_up, dB_gate1, dB_up1, dA1, SIZE, RANK, ACTIVATION, BLOCK_R, EVEN,
             )  # fmt: skip
         if GATE:
             _store_rows(t_parts + strip * T.to(tl.int64) * RANK, row, T, t_gate, RANK, BLOCK_R)
