@@ -12,10 +12,10 @@ from pyralis.models.block_parts import Activations, Context
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.group_state import GroupState
 from pyralis.ops.glu import glu_backward, glu_forward, split_gate_up
-from pyralis.ops.glu_lora import DownGradients, GateUpGradients, glu_lora_backward, glu_lora_forward, supported
+from pyralis.ops.glu_lora import DownGradients, GateUpGradients, glu_lora_backward, glu_lora_forward, pays, supported
 
-# One pass instead of three over arrays of [T, I]. Apart, on an H100 for Llama-3-8B, T = 4096, rank 16: the backward's
-# GLU 235 us, gate's and up's t and dB 121, down's dA 44; the forward's GLU 117 and down's x A^T 49.
+# One pass instead of three over arrays of [T, I]: on an H100 for Llama-3-8B, T = 4096, rank 16, 314 us in place of 416
+# in the backward and 136 in place of 173 in the forward, with the same bits in the gradients of gate and up.
 FUSES = True
 
 
@@ -46,7 +46,7 @@ def product_backward(c: Context, a: Activations, flat: FlatGradients, down: Line
     gate_up, activation = _features(c, a.gate_up), c.spec.activation
     again = a.product is None and c.state.down.trained.reads_input
     has_h = into is not None or not again
-    if FUSES and has_h and supported(down.dx, gate_up, lora, into) is None:
+    if FUSES and has_h and supported(down.dx, gate_up, lora, into) is None and pays(gate_up.device, lora, into):
         glu_lora_backward(down.dx, gate_up, activation, lora=lora, down=into)
         room.filled = lora is not None
         if into is not None:
