@@ -4,7 +4,8 @@
 
 Makes a JSONL file of short conversations, builds it with an empty cache and once more from the cache. The peak is the
 sum of the proportional set sizes of this process and its children, sampled once a second: what the work takes from
-a machine, pages that processes share counted once, mapped pages of the file included. `cpu_seconds` is the work itself, whatever else the machine does (Linux).
+a machine, pages that processes share counted once, mapped pages of the file included. `cpu_seconds` is the work itself,
+whatever else the machine does (Linux).
 """
 
 from __future__ import annotations

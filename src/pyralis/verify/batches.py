@@ -16,6 +16,7 @@ from pyralis.data.dataset import build_dataset, template_for
 from pyralis.data.formats import detect_format, parse_row
 from pyralis.data.read import read_rows
 from pyralis.data.settings import DataSettings, TaskType
+from pyralis.data.stream import DocumentStream
 from pyralis.data.tokenize import IGNORE, encode_text
 from pyralis.data.types import PlainText
 from pyralis.errors import DataError
@@ -96,6 +97,7 @@ def examples_of(file: str, tokenizer: PreTrainedTokenizerBase, rows: int, tokens
             (file,), tokens, task_type=task, packing=False, max_samples=EXAMPLES_A_ROW * rows, cache_dir=cache
         )
         built = build_dataset(settings, tokenizer, template_for(task, "", tokenizer))
+        assert not isinstance(built.train, DocumentStream), "streams are asked for"
         return [Example(list(row["input_ids"]), list(row["labels"])) for row in built.train.to_list()]
 
 
