@@ -31,13 +31,14 @@ FREE_TO_CHANGE = frozenset(
         "eval_strategy", "eval_delay", "eval_on_start", "eval_file", "per_device_eval_batch_size", "num_train_epochs",
         "max_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
         "dataloader_prefetch_factor", "tokenize_num_workers", "sample_prompts", "sample_max_new_tokens",
-        "gradient_checkpointing", "acceleration", "use_unsloth", "push_to_hub", "hub_token", "hub_model_id",
+        "gradient_checkpointing", "acceleration", "use_unsloth", "on_nan", "push_to_hub", "hub_token", "hub_model_id",
         "local_rank", "ddp_timeout",
     }
 )  # fmt: skip
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a run. Raises ConfigError where it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -88,7 +89,7 @@ class StartPoint:
         """The optimizer step of the checkpoint."""
         if self.checkpoint is None:
             return None
-        return int(_read_object(self.checkpoint / STATE_NAME)["global_step"])
+        return int(read_object(self.checkpoint / STATE_NAME)["global_step"])
 
 
 def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -101,7 +102,7 @@ def _check_same_run(output_dir: Path, effective: Mapping[str, Any]) -> None:
     saved_path = output_dir / CONFIG_NAME
     if not saved_path.is_file():
         return
-    saved = _read_object(saved_path)
+    saved = read_object(saved_path)
     different = _different_keys(saved, effective)
     if different:
         lines = "\n".join(f"  {k}: was {saved.get(k)!r}, now {effective.get(k)!r}" for k in different)
@@ -225,7 +226,7 @@ def run_status(output_dir: Path) -> str | None:
 def run_record(output_dir: Path) -> dict[str, Any]:
     """What `pyralis_run.json` holds; empty where no run has begun."""
     path = output_dir / RUN_NAME
-    return _read_object(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def prepare_output_dir(output_dir: Path, start: StartPoint) -> None:
@@ -239,6 +240,8 @@ def prepare_output_dir(output_dir: Path, start: StartPoint) -> None:
     for path in output_dir.glob("checkpoint-*"):
         if _CHECKPOINT.match(path.name) and path.is_dir():
             shutil.rmtree(path)
+    for path in output_dir.glob("nan-step-*"):
+        shutil.rmtree(path, ignore_errors=True)
     for name in _result_names(output_dir):
         path = output_dir / name
         if path.parent != output_dir or name in ("", ".", ".."):

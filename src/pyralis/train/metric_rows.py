@@ -1,7 +1,7 @@
 """The rows of `metrics.jsonl`: what is measured of a run, written and read.
 
 One JSON object per line; its `kind` is `train` (a logging window), `eval`, or `event` (start, resume, checkpoint,
-interrupted, nan, end). JSON has no NaN: such a value is `null`, with its name and kind under `not_finite`.
+interrupted, nan, skipped, spike, end). JSON has no NaN: such a value is `null`, with its name and kind under `not_finite`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any, Literal, TypeAlias
 
 from pyralis.errors import DataError
 
-EventName: TypeAlias = Literal["start", "resume", "checkpoint", "interrupted", "nan", "end"]
+METRICS_NAME = "metrics.jsonl"
+
+EventName: TypeAlias = Literal["start", "resume", "checkpoint", "interrupted", "nan", "skipped", "spike", "end"]
 
 
 @dataclass(frozen=True, slots=True)

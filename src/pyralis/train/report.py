@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment as JinjaEnvironment
-from jinja2 import FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from pyralis import __version__
 from pyralis.data.stats import BatchStats
 from pyralis.models.staging import write_text
-from pyralis.train import format as numbers
 from pyralis.train.environment import Environment
 from pyralis.train.metric_rows import Metric
+from pyralis.train.page import render_page
 from pyralis.train.panel import StartupInfo
 from pyralis.train.reward_chart import reward_chart
 from pyralis.train.summary import summarise
 from pyralis.train.svg import LengthBin, length_chart, loss_chart, loss_points
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +82,8 @@ def write_report(path: str | Path, info: ReportInfo) -> None:
 
 def render_report(info: ReportInfo) -> str:
     """The page. It asks for nothing from outside, and its policy lets no script run but its own."""
-    jinja = JinjaEnvironment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    jinja.filters |= {
-        "count": numbers.count_text,
-        "duration": numbers.duration_text,
-        "gib": numbers.gib_text,
-        "loss": numbers.loss_text,
-        "number_of": numbers.number_of,
-        "percent": numbers.percent_text,
-        "value": _config_text,
-    }
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    return jinja.get_template("report.html.j2").render(
+    return render_page(
+        "report",
         info=info,
         run=info.startup,
         summary=summarise(info.metrics),
@@ -121,13 +94,4 @@ def render_report(info: ReportInfo) -> str:
         points=loss_points(info.metrics),
         rewards=reward_chart(info.metrics),
         lengths=length_chart(info.data.lengths) if info.data and info.data.lengths else None,
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=__version__,
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
-
-
-def _config_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

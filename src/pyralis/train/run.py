@@ -42,6 +42,7 @@ from pyralis.train.libraries import check_libraries
 from pyralis.train.live import LiveLine
 from pyralis.train.lock import only_run_in
 from pyralis.train.make_trainer import make_trainer
+from pyralis.train.metric_rows import METRICS_NAME
 from pyralis.train.metrics import MetricsCallback, MetricsWriter
 from pyralis.train.model_card import model_card
 from pyralis.train.outcome import (
@@ -62,8 +63,6 @@ from pyralis.train.summary import RunSummary, summarise
 from pyralis.train.trainer import PyralisTrainer, restore_counts
 
 logger = logging.getLogger(__name__)
-
-METRICS_NAME = "metrics.jsonl"
 
 
 def is_main_process() -> bool:

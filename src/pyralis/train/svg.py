@@ -91,14 +91,11 @@ def loss_chart(metrics: Sequence[Metric]) -> Markup:
     rate = Scale(0.0, highest, RATE_BOTTOM, RATE_TOP)
     shown, smoothed = [steps[i] for i in thin(steps)], smooth_losses(steps)
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss by step">']
-    for value in nice_ticks(y.low, y.high, 6):
-        parts.append(chart_line("grid", LEFT, y(value), WIDTH - RIGHT, y(value)))
-        parts.append(chart_text("tick end", LEFT - 8, y(value) + 4, f"{value:.4g}"))
+    parts += loss_axis(y)
     for value in (0.0, highest):
         parts.append(chart_line("grid", LEFT, rate(value), WIDTH - RIGHT, rate(value)))
         parts.append(chart_text("tick end", LEFT - 8, rate(value) + 4, _rate_text(value)))
-    whole = [v for v in nice_ticks(x.low, x.high, 8) if v == int(v)]
-    parts += [chart_text("tick middle", x(v), RATE_BOTTOM + 18, f"{v:.0f}") for v in whole]
+    parts += step_axis(x, RATE_BOTTOM)
     parts.append(chart_path("raw", [(x(m.step), y(m.loss)) for m in shown]))
     parts.append(chart_path("train", [(x(steps[i].step), y(smoothed[i])) for i in thin(steps)]))
     parts.append(chart_path("eval", [(x(m.step), y(m.loss)) for m in evals]))
@@ -140,11 +137,31 @@ def _scales(metrics: Sequence[Metric]) -> tuple[list[StepMetrics], list[EvalMetr
     steps = [m for m in metrics if isinstance(m, StepMetrics)]
     evals = [m for m in metrics if isinstance(m, EvalMetrics)]
     places = [m.step for m in steps] + [m.step for m in evals] or [0]
-    losses = [v for v in [m.loss for m in steps] + [m.loss for m in evals] if math.isfinite(v)] or [0.0]
-    low, high = min(losses), max(losses)
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    y = Scale(max(low - margin, 0.0) if low >= 0 else low - margin, high + margin, LOSS_BOTTOM, LOSS_TOP)
+    y = loss_scale([m.loss for m in steps] + [m.loss for m in evals])
     return steps, evals, Scale(min(places), max(places), LEFT, WIDTH - RIGHT), y
+
+
+def loss_scale(losses: Sequence[float]) -> Scale:
+    """The y axis of losses: from their least to their greatest finite one, with some air, and not below 0 for none."""
+    finite = [v for v in losses if math.isfinite(v)] or [0.0]
+    low, high = min(finite), max(finite)
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return Scale(max(low - margin, 0.0) if low >= 0 else low - margin, high + margin, LOSS_BOTTOM, LOSS_TOP)
+
+
+def loss_axis(y: Scale) -> list[str]:
+    """Lines across the chart at round losses, and these beside it."""
+    parts = []
+    for value in nice_ticks(y.low, y.high, 6):
+        parts.append(chart_line("grid", LEFT, y(value), WIDTH - RIGHT, y(value)))
+        parts.append(chart_text("tick end", LEFT - 8, y(value) + 4, f"{value:.4g}"))
+    return parts
+
+
+def step_axis(x: Scale, bottom: float) -> list[str]:
+    """Whole steps below the chart."""
+    whole = [v for v in nice_ticks(x.low, x.high, 8) if v == int(v)]
+    return [chart_text("tick middle", x(v), bottom + 18, f"{v:.0f}") for v in whole]
 
 
 def _end_labels(steps: Sequence[StepMetrics], evals: Sequence[EvalMetrics], x: Scale, y: Scale) -> str:
