@@ -191,14 +191,14 @@ class Fused:
 
     def forward(
         self, x: Tensor, batch: Batch, policy: SavePolicy = "keep", *, refresh: bool = True,
-        store: InputStore | None = None,
+        store: InputStore | None = None, tile: int | None = None,
     ) -> Tensor:  # fmt: skip
         if refresh:
             assert self.weights.refresh(self.autocast) == [None] * len(self.specs)
         for index, layer in enumerate(self.weights.layers):
             x = fused_layer(
                 x, *angles(self.backbone, index, x, batch.positions), batch.layout, layer, self.weights.gradients,
-                policy=policy, rng=self.weights.rng, store=store,
+                policy=policy, rng=self.weights.rng, store=store, tile=tile,
             )  # fmt: skip
         return x
 

@@ -47,6 +47,7 @@ class SpecBlock:
         layout: AttentionLayout,
         *,
         policy: SavePolicy,
+        tile: int | None = None,
     ) -> Tensor:
         self.calls += 1
         self.recomputed += policy != "keep"
@@ -64,11 +65,11 @@ class CountedFused(FusedBlock):
         self.calls = self.recomputed = 0
         self.policy: SavePolicy = "keep"
 
-    def run(self, *args: Any, policy: SavePolicy) -> Tensor:
+    def run(self, *args: Any, policy: SavePolicy, tile: int | None = None) -> Tensor:
         self.calls += 1
         self.recomputed += policy != "keep"
         self.policy = policy
-        return super().run(*args, policy=policy)
+        return super().run(*args, policy=policy, tile=tile)
 
 
 @contextmanager

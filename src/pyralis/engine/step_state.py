@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pyralis.models.causal_lm import Head
-from pyralis.models.checkpointing import save_policy
+from pyralis.models.checkpointing import mlp_tile, save_policy
 from pyralis.models.detect import Reason
 from pyralis.models.fast_path import backbone_state, prepare_layers
 from pyralis.models.layer_state import HOOKS
@@ -45,7 +45,7 @@ def step_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
     return (
         *(layer.state for layer in model.layers), model.gradients,
         *((t.data_ptr(), t.requires_grad) for t in around), head.weight.data_ptr(),
-        tuple(save_policy(layer) for layer in backbone.layers), causal.training,
+        tuple((save_policy(layer), mlp_tile(layer)) for layer in backbone.layers), causal.training,
         torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from pyralis.models.block_backward import block_backward
 from pyralis.models.block_forward import block_forward, kept
 from pyralis.models.block_parts import Activations, Context
+from pyralis.models.block_tiles import tile_for
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.policy import InputStore, SavePolicy
 from pyralis.models.weights import LayerWeights
@@ -59,6 +60,7 @@ def fused_layer(
     gradients: FlatGradients | None = None,
     *,
     policy: SavePolicy = "keep",
+    tile: int | None = None,
     rng: Tensor | None = None,
     store: InputStore | None = None,
 ) -> Tensor:
@@ -67,7 +69,8 @@ def fused_layer(
     cos, sin: [B or 1, S, rotary_dim], as the model's rotary embedding gives them. layout: how the B * S tokens form
     sequences. weights: refreshed since parameters or adapters last changed. gradients: the model's flat buffer; None
     gives each parameter a gradient of its own. rng: [seed, draw] of LoRA's dropout, unchanged until the backward is
-    done; None switches dropout off. store: for "offload_input".
+    done; None switches dropout off. store: for "offload_input". tile: tokens that the MLP takes at a time under
+    policies that recompute and without dropout in it (`block_tiles.py`); None: all.
     """
     state = weights.state
     flat = FlatGradients(()) if gradients is None else gradients
@@ -75,8 +78,10 @@ def fused_layer(
         rng = rng.to(hidden_states.device)  # a model over several devices
     cos, sin = (table.reshape(-1, table.shape[-1]) for table in (cos, sin))
     store = _recorded.get().store or store
-    call = _Call(weights, Context(weights.spec, state, cos, sin, rng), layout, flat, policy, store)
+    context = Context(weights.spec, state, cos, sin, rng)
+    call = _Call(weights, context, layout, flat, policy, store)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or state.parameters):
+        context.tile = tile_for(context, policy, tile, hidden_states.numel() // hidden_states.shape[-1])
         return _FusedLayer.apply(hidden_states, call, *_leaves(hidden_states, state.parameters))
     with torch.no_grad(), _no_autocast(hidden_states):
         return _forward(hidden_states, call)[0]

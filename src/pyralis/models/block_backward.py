@@ -10,14 +10,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyralis.models.block_forward import forward_to_product, normed_again, rotated
-from pyralis.models.block_glu import drops, gate_and_up, product_backward
-from pyralis.models.block_linear import linear_backward, scaled_again, wide_gradient
-from pyralis.models.block_parts import Activations, Context, norm_backward
+from pyralis.models.block_forward import attention_forward_part, forward_to_product, rotated
+from pyralis.models.block_linear import linear_backward, wide_gradient
+from pyralis.models.block_mlp import mlp_backward
+from pyralis.models.block_parts import Activations, Context, norm_backward, normed_again
+from pyralis.models.block_tiles import mlp_backward_in_tiles
 from pyralis.models.gradients import FlatGradients
-from pyralis.models.policy import SavePolicy
+from pyralis.models.policy import RECOMPUTING, SavePolicy
 from pyralis.ops.attention import AttentionLayout, attention_backward
-from pyralis.ops.glu import glu_forward
 from pyralis.ops.rope import rope_backward
 
 
@@ -25,36 +25,18 @@ def block_backward(
     c: Context, a: Activations, x: Tensor, layout: AttentionLayout, flat: FlatGradients, dy: Tensor, policy: SavePolicy
 ) -> Tensor:
     """dx [T, H] of dy [T, H]; `a` is what `kept` left, x the layer's input."""
-    if policy in ("recompute_layer", "offload_input"):
+    if c.tile is not None:
+        whole = a
+        a, branch = attention_forward_part(c, x, layout)
+        dh = mlp_backward_in_tiles(c, whole, x, branch, flat, dy, c.tile)
+        del whole, branch
+        return _attention_backward(c, a, flat, dh)
+    if policy in RECOMPUTING:
         a = replace(forward_to_product(c, x, layout), d=a.d, d_stats=a.d_stats, u4=a.u4)
     else:
         a.x = x
-    dh = _mlp_backward(c, a, flat, dy)
+    dh = mlp_backward(c, a, flat, dy)
     return _attention_backward(c, a, flat, dh)
-
-
-def _mlp_backward(c: Context, a: Activations, flat: FlatGradients, dy: Tensor) -> Tensor:
-    """The gradient of the residual stream before the MLP, [T, H]."""
-    spec, state = c.spec, c.state
-    if a.gate_up is None:
-        assert a.u3 is not None
-        a.gate_up = scaled_again(state.gate_up, a.u3)
-    branch = dy if spec.residual_multiplier == 1 else dy * spec.residual_multiplier
-    if spec.post_mlp_norm is not None:
-        assert a.d is not None
-        branch = norm_backward(spec.post_mlp_norm, state, flat, branch, a.d, a.d_stats)
-    if a.product is None and state.down.trained.reads_input and drops(c, state.down):
-        a.product = glu_forward(*gate_and_up(c, a.gate_up), spec.activation)
-    down = linear_backward(state.down, flat, branch.to(state.dtype), c.matrices[3], a.xa4, c.rng, a.product, a.u4)
-    room = product_backward(c, a, flat, down)  # a.gate_up holds its gradient from here on
-    del down
-    if a.y2 is None and state.gate_up.trained.reads_input:
-        a.y2 = normed_again(spec.pre_mlp_norm, c, a.h)
-    dy2 = linear_backward(state.gate_up, flat, a.gate_up, c.matrices[2], a.xa3, c.rng, a.y2, a.u3, room).finish(a.y2)
-    del room
-    a.gate_up = a.y2 = a.product = a.xa3 = a.xa4 = a.u3 = a.u4 = None  # xa3 and xa4 are columns of y2 and product
-    assert a.h is not None
-    return norm_backward(spec.pre_mlp_norm, state, flat, dy2, a.h, a.stats2, residual_grad=dy)
 
 
 def _attention_backward(c: Context, a: Activations, flat: FlatGradients, dh: Tensor) -> Tensor:

@@ -10,37 +10,38 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyralis.models.block_glu import drops, product_forward
-from pyralis.models.block_linear import linear, linear_with_room, project, refresh_magnitudes, wide_rows
+from pyralis.models.block_glu import drops
+from pyralis.models.block_linear import linear, project, refresh_magnitudes, wide_rows
+from pyralis.models.block_mlp import mlp_output, to_product
 from pyralis.models.block_parts import Activations, Context, norm_forward
+from pyralis.models.block_tiles import mlp_in_tiles
 from pyralis.models.group_state import GroupState
-from pyralis.models.policy import SavePolicy
-from pyralis.models.spec import NormSpec
+from pyralis.models.policy import RECOMPUTING, SavePolicy
 from pyralis.ops.attention import AttentionLayout, attention_forward
 from pyralis.ops.rope import rope_forward
 
 
 def block_forward(c: Context, x: Tensor, layout: AttentionLayout) -> tuple[Tensor, Activations]:
-    """y [T, H] of x [T, H], and everything that was computed on the way."""
+    """y [T, H] of x [T, H], and what was computed on the way; with a tile, no more of it than `kept` keeps."""
     for group, matrix in zip(c.state.groups, c.matrices):
         refresh_magnitudes(group, matrix)
-    a = forward_to_product(c, x, layout)
-    spec, down, matrix = c.spec, c.state.down, c.matrices[3]
-    assert a.h is not None
-    assert a.product is not None
-    plain = spec.post_mlp_norm is None and spec.residual_multiplier == 1
-    if plain and a.h.dtype == matrix.dtype:
-        y, a.u4 = linear(down, a.product, matrix, c.rng, residual=a.h)
-        return y, a
-    branch, a.u4 = linear(down, a.product, matrix, c.rng)
-    if spec.post_mlp_norm is not None:
-        a.d, branch = branch, torch.empty_like(branch, dtype=x.dtype)
-        _, a.d_stats = norm_forward(spec.post_mlp_norm, c.state, a.d, branch)
-    return torch.add(a.h, branch, alpha=spec.residual_multiplier), a
+    a, branch = attention_forward_part(c, x, layout)
+    if c.tile is not None:
+        del a
+        return mlp_in_tiles(c, x, branch, c.tile)
+    to_product(c, a, branch)
+    return mlp_output(c, a), a
 
 
 def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activations:
     """All of a layer before the down projection."""
+    a, branch = attention_forward_part(c, x, layout)
+    to_product(c, a, branch)
+    return a
+
+
+def attention_forward_part(c: Context, x: Tensor, layout: AttentionLayout) -> tuple[Activations, Tensor]:
+    """(what attention leaves, what it adds to the residual stream [T, H])."""
     spec, state, T = c.spec, c.state, x.shape[0]
     a = Activations(x=x)
     a.y1 = wide_rows(state.qkv, T, state.dtype, x.device)
@@ -60,12 +61,7 @@ def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activa
         _, a.o_stats = norm_forward(spec.post_attention_norm, state, a.o, branch)
     if spec.residual_multiplier != 1:
         branch.mul_(spec.residual_multiplier)
-    a.y2 = wide_rows(state.gate_up, T, state.dtype, x.device)
-    a.h, a.stats2 = norm_forward(spec.pre_mlp_norm, state, branch, a.y2, residual=x)
-    a.xa3 = project(state.gate_up, a.y2, c.rng)
-    a.gate_up, a.u3 = linear_with_room(state.gate_up, a.y2, c.matrices[2], c.rng)
-    a.product, a.xa4 = product_forward(c, a.gate_up)
-    return a
+    return a, branch
 
 
 def rotated(c: Context, a: Activations) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +85,7 @@ def kept(a: Activations, c: Context, policy: SavePolicy) -> Activations:
     state = c.state
     if not state.down.trained.reads_product:
         a.u4 = None
-    if policy in ("recompute_layer", "offload_input"):
+    if policy in RECOMPUTING:
         return Activations(d=a.d, d_stats=a.d_stats, u4=a.u4)
     keep = policy == "keep"
     y1, xa1 = _input(state.qkv, a.y1, a.xa1, keep)
@@ -118,11 +114,3 @@ def _input(
     if xa is None or not any(b is not None for b in group.trained.B):
         return x_wide if keep else None, None
     return (x_wide, xa) if keep else (None, xa.contiguous())
-
-
-def normed_again(spec: NormSpec, c: Context, x: Tensor | None) -> Tensor:
-    """A norm's output [T, H] computed anew, without room for LoRA."""
-    assert x is not None
-    out = torch.empty(x.shape, dtype=c.state.dtype, device=x.device)
-    norm_forward(spec, c.state, x, out)
-    return out

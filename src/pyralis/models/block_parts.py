@@ -64,6 +64,7 @@ class Context:
     sin: Tensor
     rng: Tensor | None
     matrices: tuple[Tensor, ...] = ()
+    tile: int | None = None  # tokens that the MLP takes at a time; None: all
 
     def qk_norm(self) -> QKNorm | None:
         q, k = self.spec.q_norm, self.spec.k_norm
@@ -98,9 +99,9 @@ def norm_backward(
 ) -> Tensor:
     """dh [T, H] in h's dtype, with residual_grad added; the norm's own gradients are written where it is trained."""
     weight, bias = state.norms[spec.path]
-    dweight = torch.empty_like(weight) if weight.requires_grad else None
+    dweight = torch.empty_like(weight, dtype=flat.dtype(weight)) if weight.requires_grad else None
     if spec.kind == "layer":
-        dbias = torch.empty_like(bias) if bias is not None and bias.requires_grad else None
+        dbias = torch.empty_like(bias, dtype=flat.dtype(bias)) if bias is not None and bias.requires_grad else None
         mean, rstd = stats
         dh = layer_norm_backward(
             dy, h, weight, mean, rstd, residual_grad=residual_grad, out=out, dweight=dweight, dbias=dbias
@@ -114,3 +115,11 @@ def norm_backward(
     if dweight is not None:
         flat.write(weight, dweight)
     return dh
+
+
+def normed_again(spec: NormSpec, c: Context, x: Tensor | None) -> Tensor:
+    """A norm's output [T, H] computed anew, without room for LoRA."""
+    assert x is not None
+    out = torch.empty(x.shape, dtype=c.state.dtype, device=x.device)
+    norm_forward(spec, c.state, x, out)
+    return out

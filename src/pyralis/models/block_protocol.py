@@ -27,9 +27,10 @@ class Block(Protocol):
 
     def run(
         self, handle: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout,
-        *, policy: SavePolicy,
+        *, policy: SavePolicy, tile: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """A layer's output [B, S, H]; policy: what to keep of it for the backward."""
+        """A layer's output [B, S, H]; policy: what to keep of it for the backward;
+        tile: tokens that the MLP may take at a time."""
 
 
 @dataclass(frozen=True, eq=False)

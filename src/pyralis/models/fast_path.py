@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pyralis.models.block_protocol import Block
-from pyralis.models.checkpointing import save_policy
+from pyralis.models.checkpointing import mlp_tile, save_policy
 from pyralis.models.detect import Reason
 from pyralis.models.fused import FusedBlock
 from pyralis.models.layer_state import LayerState, look_again
@@ -135,7 +135,9 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     if call is None or block is None or (handle := call.handles.get(id(self))) is None:
         return call_stock(self, hidden_states, *args, **kwargs)
     cos, sin = call.angles(*kwargs["position_embeddings"])
-    return block.run(handle, call.stream(self, hidden_states), cos, sin, call.layout, policy=save_policy(self))
+    return block.run(
+        handle, call.stream(self, hidden_states), cos, sin, call.layout, policy=save_policy(self), tile=mlp_tile(self)
+    )
 
 
 def backbone_state(backbone: nn.Module) -> BackboneState:

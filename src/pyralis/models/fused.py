@@ -75,12 +75,12 @@ class FusedBlock:
 
     def run(
         self, handle: Handle, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout,
-        *, policy: SavePolicy,
+        *, policy: SavePolicy, tile: int | None = None,
     ) -> Tensor:  # fmt: skip
         with _plain_tensors():
             return fused_layer(
                 hidden_states, cos, sin, layout, handle.weights, handle.model.gradients,
-                policy=policy, rng=handle.rng, store=handle.store,
+                policy=policy, tile=tile, rng=handle.rng, store=handle.store,
             )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ class FlatGradients:
     up. A parameter whose one hook it is needs no autograd.
     """
 
+    reusable = True  # whether `target` gives the same places in each backward
+
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
@@ -37,6 +39,14 @@ class FlatGradients:
     ) -> None:
         self.parameters, self.take = tuple(parameters), take
         self._views = dict(zip(map(id, self.parameters), _new_views(self.parameters) if views is None else views))
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether it has a gradient that others are added to."""
+        return parameter.grad is not None
+
+    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """In which its gradient is to be made."""
+        return parameter.dtype
 
     def target(self, parameter: nn.Parameter) -> tuple[Tensor, bool]:
         """(the tensor that is `parameter.grad` from now on, whether to add to it)."""
@@ -68,6 +78,9 @@ class FlatGradients:
             grad.add_(value)
         else:
             grad.copy_(value)
+
+    def write_sums(self) -> None:
+        """Gradients that came in parts are complete. Nothing to do here: they were added in their places."""
 
 
 def _new_views(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -149,7 +162,7 @@ class GroupGradients:
             if all(p.grad is view for p, view in zip(known.parameters, known.views)):
                 return known.adding
         made = cls(flat, group, trained, like)
-        if not made.add and not made.copied and made.bias is None:
+        if flat.reusable and not made.add and not made.copied and made.bias is None:
             parameters = tuple(p for p in (*trained.A, *trained.B) if p is not None)
             trained.ready[:] = [Ready(flat, parameters, tuple(p.grad for p in parameters), made, made.adding())]
         return made
@@ -157,14 +170,14 @@ class GroupGradients:
     def __init__(self, flat: FlatGradients, group: LoraGroup, trained: TrainedGroup, like: Tensor) -> None:
         self.flat, self.group, self.trained = flat, group, trained
         wanted = [p for p in (*trained.A, *trained.B) if p is not None]
-        held = [p.grad is not None for p in wanted]
+        held = [flat.holds(p) for p in wanted]
         self.add = any(held)
         targets = {id(p): flat.target(p)[0] for p in wanted}
         if self.add and not all(held):  # one flag serves all: what is new starts from zero
             for p, old in zip(wanted, held):
                 if not old:
                     targets[id(p)].zero_()
-        dtype = wanted[0].dtype if wanted else torch.promote_types(like.dtype, torch.float32)
+        dtype = flat.dtype(wanted[0]) if wanted else torch.promote_types(like.dtype, torch.float32)
         A, self.copied = self._stacked_A(targets, dtype, like.device)
         self.bias = None
         if any(p is not None for p in (*trained.biases, *trained.lora_biases)):

@@ -7,6 +7,8 @@
 
 The down projection's output is never computed again: nothing reads it but a norm behind it (Gemma 2 and 3), for which
 it is kept. Gradients are the same for every policy. `memory/footprint.py` has the bytes.
+
+Under the last two the MLP may run in tiles of tokens (`block_tiles.py`), forward and backward.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 SavePolicy = Literal["keep", "recompute_cheap", "recompute_layer", "offload_input"]
 POLICIES: tuple[SavePolicy, ...] = get_args(SavePolicy)
+RECOMPUTING: tuple[SavePolicy, ...] = ("recompute_layer", "offload_input")
 
 
 class InputStore(Protocol):
