@@ -37,6 +37,12 @@ class ModelError(PyralisError, ValueError):
     exit_code = 2
 
 
+class NotFiniteError(PyralisError, ArithmeticError):
+    """A loss or a gradient that is NaN or infinite, so that training cannot go on."""
+
+    exit_code = 1
+
+
 class FetchError(PyralisError, OSError):
     """A download that failed at every source, or whose checksum is wrong."""
 

@@ -14,6 +14,7 @@ from pyralis.errors import PyralisError
 # Each module has `register(app)`. They import their heavy dependencies inside the command, so that `--help` is quick.
 COMMANDS: tuple[str, ...] = (
     *("quickstart", "train", "config", "data", "fetch", "chat", "export", "env", "bench", "verify", "plan", "compare"),
+    "replay",
 )
 
 

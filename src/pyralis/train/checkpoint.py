@@ -218,7 +218,7 @@ def _newest_whole(output_dir: Path, checkpoints: Sequence[tuple[int, Path]]) -> 
 
 
 def run_status(output_dir: Path) -> str | None:
-    """`running`, `interrupted`, `finished`, or None where no run has begun."""
+    """`running`, `interrupted`, `stopped` by a NaN, `finished`, or None where no run has begun."""
     status = run_record(output_dir).get("status")
     return None if status is None else str(status)
 

@@ -65,6 +65,18 @@ class OwnFields(DataFields):
     quant_type: Literal["nf4", "fp4"] = _own("nf4", "qlora: the 4-bit data type.")
     double_quant: bool = _own(True, "qlora: quantise the scales too, 0.37 bit a weight less.")
 
+    # A run
+    on_nan: Literal["stop", "skip"] = _own(
+        "stop",
+        "A loss or gradient that is NaN or infinite: stop, say where, and keep the batch for `pyralis replay`; or skip "
+        "that step, up to 10 in a row.",
+    )
+    deterministic: bool = _own(
+        False,
+        "The same bits from the same config, seed and machine, on a GPU too: deterministic algorithms only, which cost "
+        "speed.",
+    )
+
     # TrainingArguments fields whose type or default is changed
     learning_rate: Number = _own(
         lambda fields: LEARNING_RATE[fields["train_mode"]],

@@ -1,7 +1,8 @@
 """The rows of `metrics.jsonl`: what is measured of a run, written and read.
 
 One JSON object per line; its `kind` is `train` (a logging window), `eval`, or `event` (start, resume, checkpoint,
-interrupted, nan, skipped, spike, end). JSON has no NaN: such a value is `null`, with its name and kind under `not_finite`.
+interrupted, nan, skipped, spike, end). JSON has no NaN: such a value is `null`, with its name and kind under
+`not_finite`.
 """
 
 from __future__ import annotations

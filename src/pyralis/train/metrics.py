@@ -56,9 +56,13 @@ class MetricsCallback(TrainerCallback):
         self._aside = self._elapsed_before = 0.0
         self._window_counts = (0, 0)
 
-    def record_event(self, event: EventName, message: str = "") -> None:
-        """For what the Trainer has no callback for."""
-        self._event(event, self._step, message)
+    def record_event(self, event: EventName, message: str = "", step: int | None = None) -> None:
+        """For what the Trainer has no callback for. step: the present one unless given."""
+        self._event(event, self._step if step is None else step, message)
+
+    def record_at(self, event: EventName, step: int, message: str) -> None:
+        """The same, as `WatchedTrainer.watch_steps` tells it."""
+        self.record_event(event, message, step)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._begin = self._window_begin = self._mark = time.perf_counter()

@@ -122,6 +122,11 @@ def final_panel(info: FinalInfo) -> RenderableType:
         _add(table, "memory", f"{gib_text(summary.peak_memory_gib)} peak on the GPU")
     elif summary.peak_host_memory_gib is not None:
         _add(table, "memory", f"{gib_text(summary.peak_host_memory_gib)} peak of the process")
+    if summary.skipped:
+        _add(table, "left out", f"{number_of(len(summary.skipped), 'step')} whose loss or gradient was not finite")
+    if summary.spikes:
+        at = ", ".join(str(event.step) for event in summary.spikes[:5]) + (", ..." if len(summary.spikes) > 5 else "")
+        _add(table, "spikes", f"{number_of(len(summary.spikes), 'step')} with a loss far above those before: {at}")
     _add(table, "", "")
     paths = (("result", info.result_dir), ("metrics", info.metrics), ("picture", info.picture), ("report", info.report))
     for name, path in paths:

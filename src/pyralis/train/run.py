@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments, s
 from pyralis.data.left_out import LEFT_OUT_NAME
 from pyralis.data.progress import tokenising
 from pyralis.data.template import install_template
-from pyralis.errors import ConfigError
+from pyralis.errors import ConfigError, NotFiniteError
 from pyralis.models.staging import write_text
 from pyralis.train.answers import answer_questions, answers_table
 from pyralis.train.check_files import check_files
@@ -36,6 +36,7 @@ from pyralis.train.checkpoint import (
 )
 from pyralis.train.config import LoadedConfig, TrainConfig, config_from_dict, load_config
 from pyralis.train.data_stats import data_stats
+from pyralis.train.deterministic import deterministic
 from pyralis.train.dpo_run import PreferenceTrainer
 from pyralis.train.interrupt import GracefulStop, StopCallback
 from pyralis.train.libraries import check_libraries
@@ -101,9 +102,17 @@ def train(
         next_commands: (command, purpose) for the last panel; chat, merge and resume by default.
 
     Raises:
-        PyralisError: anything the user can mend.
+        NotFiniteError: a loss or gradient is NaN or infinite, and `on_nan` is stop.
+        PyralisError: anything else that the user can mend.
     """
     loaded = _checked(config, overrides)
+    with deterministic(loaded.config.deterministic):
+        return _train(loaded, console, next_commands)
+
+
+def _train(
+    loaded: LoadedConfig, console: Console | None, next_commands: Sequence[tuple[str, str]] | None
+) -> TrainResult:
     config = loaded.config
     check_files(config)
     check_libraries(config)
@@ -188,6 +197,7 @@ def _run(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(metrics)
+    trainer.watch_steps(config.on_nan, metrics.record_at)
     live = LiveLine(metrics, console)
     if main:
         trainer.add_callback(live)
@@ -201,6 +211,11 @@ def _run(
         gc.freeze()
         try:
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        except NotFiniteError:
+            if main:  # what led there can be looked at
+                write_outcome(output_dir, info, metrics.history, config.effective(), prepared.data.report, None, ())
+                write_json(output_dir / RUN_NAME, run_record(output_dir) | {"status": "stopped"})
+            raise
         finally:
             gc.unfreeze()
             live.close()  # after an error the Trainer calls no callback any more

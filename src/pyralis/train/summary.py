@@ -56,6 +56,8 @@ class RunSummary:
     peak_host_memory_gib: float | None
     verdict: Verdict
     rewards: Rewards | None = None
+    skipped: Sequence[RunEvent] = ()  # steps left out because a loss or gradient was not finite
+    spikes: Sequence[RunEvent] = ()  # steps whose loss stands out (spikes.py)
 
 
 def summarise(metrics: Sequence[Metric]) -> RunSummary:
@@ -84,6 +86,8 @@ def summarise(metrics: Sequence[Metric]) -> RunSummary:
         ),
         verdict=_verdict(steps, evals, events, best),
         rewards=_rewards(evals) or _rewards(steps),
+        skipped=[m for m in events if m.event == "skipped"],
+        spikes=[m for m in events if m.event == "spike"],
     )
 
 
@@ -112,6 +116,12 @@ def _mean_rate(steps: Sequence[StepMetrics], name: str) -> float | None:
 def _verdict(
     steps: Sequence[StepMetrics], evals: Sequence[EvalMetrics], events: Sequence[RunEvent], best: EvalMetrics | None
 ) -> Verdict:
+    if events and events[-1].event == "nan":  # nothing came after it, not even the end
+        return Verdict(
+            "bad",
+            f"Stopped at step {events[-1].step}, whose loss or gradient is not finite.",
+            f"训练在第 {events[-1].step} 步停止：该步的损失或梯度不是有限值。",
+        )
     if not steps:
         return Verdict("bad", "No step was trained.", "没有训练任何一步。")
     broken = next((m for m in steps if not math.isfinite(m.loss)), None)

@@ -27,11 +27,12 @@ from pyralis.train.refusals import refusals_named
 from pyralis.train.sampling import GroupedRows
 from pyralis.train.save_errors import save_errors_named
 from pyralis.train.token_counts import TokenCounts
+from pyralis.train.watched_trainer import WatchedTrainer
 
 COUNTS_NAME = "pyralis_counts.json"
 
 
-class PyralisTrainer(GroupedRows, FastLossTrainer):
+class PyralisTrainer(GroupedRows, FastLossTrainer, WatchedTrainer):
     """`transformers.Trainer` for causal language models, at a fraction of its CPU time (`LeanTrainer`).
 
     - The loss of an optimizer step is the sum over its supervised tokens divided by their number, whatever the split
@@ -40,6 +41,7 @@ class PyralisTrainer(GroupedRows, FastLossTrainer):
     - A checkpoint is written beside and renamed: `checkpoint-N` exists only when it is whole.
     - The chat template lies beside every saved model.
     - Embeddings and head may have a learning rate of their own.
+    - A loss or gradient that is not finite stops it, or is skipped, where `watch_steps` says so.
     """
 
     # compute_loss divides by the tokens of the whole accumulated batch, so Trainer must not divide again (5.23+ reads
