@@ -80,7 +80,7 @@ def test_adapter(llama: Path, tmp_path: Path, bits: int | None) -> None:
     model = with_adapter(llama, bits=bits)
     model.save_pretrained_merged(tmp_path / "adapter", save_method="lora")
     assert (tmp_path / "adapter" / "tokenizer.json").is_file()
-    assert read_record(tmp_path / "adapter") == TrainingRecord(quantized=bits == 4)
+    assert read_record(tmp_path / "adapter") == TrainingRecord(quantized=bits == 4, model_type="llama")
     base, _ = load(llama, load_in_4bit=bits == 4)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, str(tmp_path / "adapter"))), logits(model))
 

@@ -167,18 +167,19 @@ class TestTheTarget:
     def test_survives_a_failure(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         base = make_tiny_model(tmp_path / "base")
         make_adapter(base, tmp_path / "adapter", LoraSettings(rank=8))
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
         monkeypatch.setattr("pyralis.export.merge._set_generation", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            merge_adapter(tmp_path / "adapter", base, overwrite=True)
-        assert torch.isfinite(stock_logits(base)).all()
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+            merge_adapter(tmp_path / "adapter", tmp_path / "merged", overwrite=True)
+        assert torch.isfinite(stock_logits(tmp_path / "merged")).all()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
     def test_on_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         base = make_tiny_model(tmp_path / "base")
         make_adapter(base, tmp_path / "adapter", LoraSettings(rank=8))
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr("pyralis.models.staging.shutil.disk_usage", lambda _: usage)
-        with pytest.raises(ModelError, match="GB free, but"):
+        with pytest.raises(ModelError, match="MB free, but"):
             merge_adapter(tmp_path / "adapter", tmp_path / "out")
 
 

@@ -67,6 +67,7 @@ def load_for_training(request: LoadRequest) -> tuple[Any, PreTrainedTokenizerBas
     Raises:
         ModelError, FetchError: see `load_model`, `load_tokenizer` and `load_adapter`.
     """
+    _check(request)
     name = _local_adapter(request.name, request.revision, request.hub)
     source = locate_model(name, revision=request.revision)
     tokenizer = load_tokenizer(name, revision=request.revision, hub=request.hub)
@@ -93,6 +94,15 @@ def load_for_training(request: LoadRequest) -> tuple[Any, PreTrainedTokenizerBas
     set_checkpointing(model, request.checkpointing)
     notice(f"{request.name}: {'; '.join(report.lines)}")
     return model, tokenizer
+
+
+def _check(request: LoadRequest) -> None:
+    if not isinstance(request.name, str | Path):
+        raise ModelError(f"model_name is {request.name!r}; expected a folder, a hub name or a demo model's name.")
+    if request.max_seq_length is not None and request.max_seq_length < 1:
+        raise ModelError(
+            f"max_seq_length is {request.max_seq_length}; expected at least 1, or None for the model's own."
+        )
 
 
 def _as_trained(request: LoadRequest, source: ModelSource, earlier: TrainingRecord) -> LoadRequest:
@@ -155,6 +165,7 @@ def _origin(
         dtype=None if loaded.dtype == torch.float32 else loaded.dtype,
         rope_scaled_to=loaded.rope_scaled_to,
         rope_scaling=request.rope_scaling,
+        model_type=loaded.model.config.model_type,
     )
     return replace(origin, record=record)
 

@@ -87,8 +87,8 @@ def for_inference(model: Any) -> Any:
 
     Returns it. `generate` works in training mode too, where dropout is on.
     """
-    model.eval()
     base_of(model).config.use_cache = True
+    model.eval()
     tokenizer = origin_of(model).tokenizer
     if tokenizer is not None:
         tokenizer.padding_side = "left"

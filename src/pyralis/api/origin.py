@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pyralis.errors import ModelError
 from pyralis.lora.record import TrainingRecord
 from pyralis.models.load import TrainMode
 from pyralis.models.nf4 import four_bit_layers
@@ -41,7 +42,9 @@ class Origin:
 
 
 def base_of(model: Any) -> Any:
-    """The causal LM inside PEFT's wrapper."""
+    """The causal LM inside PEFT's wrapper. Raises ModelError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a model, such as FastLanguageModel.from_pretrained returns, not {model!r}.")
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -60,7 +63,7 @@ def _record(base: Any) -> TrainingRecord:
     half = base.dtype if base.dtype in (torch.bfloat16, torch.float16) else None
     first = next(four_bit_layers(base), None)
     if first is None:
-        return TrainingRecord(dtype=half)
+        return TrainingRecord(dtype=half, model_type=base.config.model_type)
     weight = first[1].weight
     nested = bool(getattr(weight.quant_state, "nested", True))
-    return TrainingRecord(True, weight.quant_type, nested, half)
+    return TrainingRecord(True, weight.quant_type, nested, half, model_type=base.config.model_type)

@@ -6,6 +6,7 @@ The methods are the model's own attributes: no class is changed. A copy has its 
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ from pyralis.lora.attach import count_parameters
 from pyralis.lora.changed_base import refer_to_original_base
 from pyralis.lora.record import write_record
 from pyralis.models.generation import settle
-from pyralis.models.staging import check_disk_space, staged_folder
+from pyralis.models.staging import check_disk_space, check_not_base, staged_folder
+from pyralis.train.checkpoint import publish
 
 SaveMethod = Literal["merged_16bit", "merged_4bit_forced", "lora"]
 
@@ -98,13 +100,33 @@ def push_to_hub_merged(
 def save_adapter(model: PeftModel, save_directory: str | Path, **arguments: Any) -> None:
     """PEFT's `save_pretrained`, and beside the adapter what its base model was like.
 
-    An adapter whose start changed the base weights (PiSSA, OLoRA) is saved so that it fits the base it names.
+    An adapter whose start changed the base weights (PiSSA, OLoRA) is saved so that it fits the base it names. Files are
+    written beside the folder and moved in, so that none is ever half there.
+
+    Raises:
+        ModelError: no folder can be made there.
     """
-    type(model).save_pretrained(model, str(save_directory), **arguments)
-    folder = Path(save_directory)
-    if arguments.get("is_main_process", True) and (folder / "adapter_config.json").is_file():
-        refer_to_original_base(model, folder)
-        write_record(folder, origin_of(model).record)
+    folder = Path(save_directory).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder} is a file; expected a folder to write to.")
+    if not arguments.get("is_main_process", True):
+        type(model).save_pretrained(model, str(folder), **arguments)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".adapter-", suffix=".partial", dir=folder))
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be written to: {error.strerror}. Choose another folder.") from error
+    try:
+        if (folder / "README.md").is_file():
+            shutil.copy(folder / "README.md", staging)  # PEFT adds to it
+        type(model).save_pretrained(model, str(staging), **arguments)
+        if (staging / "adapter_config.json").is_file():
+            refer_to_original_base(model, staging)
+            write_record(staging, origin_of(model).record)
+        publish(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def save_pretrained_gguf(model: Any, *arguments: Any, **others: Any) -> None:
@@ -149,6 +171,8 @@ def _save(
         raise ModelError(
             "the model has adapters but is not PEFT's model: call this method of what get_peft_model returned."
         )
+    if isinstance(model, PeftModel):
+        check_not_base(folder, origin_of(model).name or base_of(model).name_or_path)
     dtype = _sixteen_bits(model)
     four_bit = None
     if save_method == "merged_4bit_forced":

@@ -66,7 +66,8 @@ def _resolve_one(entry: str, split: str) -> Iterator[Path | HubDataset]:
         yield from _files_in(path, split)
     elif path.exists():
         if kind_of(path) is None:
-            raise DataError(f"{entry}: files named *{path.suffix} are not read. Known are {_known_suffixes()}.")
+            these = f"files named *{path.suffix}" if path.suffix else "files without a suffix"
+            raise DataError(f"{entry}: {these} are not read. Known are {_known_suffixes()}.")
         yield path
     elif has_magic(entry):
         matches = sorted(match for match in map(Path, glob(str(path), recursive=True)) if match.is_file())

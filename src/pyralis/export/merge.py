@@ -26,7 +26,7 @@ from pyralis.models.generation import settle_generation
 from pyralis.models.load import ModelSettings, load_model, load_tokenizer
 from pyralis.models.nf4 import is_four_bit
 from pyralis.models.source import ModelSource, locate_model
-from pyralis.models.staging import check_disk_space, check_target, staged_folder
+from pyralis.models.staging import check_disk_space, check_not_base, check_target, staged_folder
 
 BasePrecision: TypeAlias = Literal["trained", "original"]
 Report: TypeAlias = Callable[[str], None]
@@ -66,6 +66,7 @@ def merge_adapter(
     source = locate_model(str(adapter_dir), base=base)
     if source.adapter is None:
         raise ModelError(f"{adapter_dir} is a whole model, not an adapter: there is nothing to merge.")
+    check_not_base(out, source.path)
     record = read_record(adapter_dir)
     stored = _stored_dtype(source)
     out_dtype = stored if dtype == "auto" else getattr(torch, dtype)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from pyralis.errors import ModelError
+from pyralis.lora.record import read_record
 from pyralis.models.files import read_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -19,7 +20,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
 
     Raises:
         ModelError: no adapter there, one of another method than LoRA, pickled or damaged weights, or weights that do
-            not fit `model` in name or shape (PEFT itself only warns where names differ).
+            not fit `model` in name or shape (PEFT itself only warns where names differ); an adapter that is recorded
+            to be of another architecture, which may have the same names and shapes.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
@@ -28,8 +30,17 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     if method != "LORA":
         raise ModelError(f"{folder} holds an adapter of type {method}; only LORA is supported.")
     saved = _saved_names(folder)
+    trained_on, given = read_record(folder).model_type, model.config.model_type
+    if trained_on not in (None, given):
+        raise ModelError(
+            f"The adapter {folder} does not fit the base model {model.name_or_path}: it was trained on a {trained_on} "
+            f"model, and this is a {given} model. Give the model that it was trained on."
+        )
     try:
-        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        config = LoraConfig.from_pretrained(str(folder))
+        if config.init_lora_weights == "orthogonal":
+            config.init_lora_weights = True  # PEFT's own start, of no use here, fails on 4-bit layers
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise ModelError(f"The adapter {folder} does not fit the base model {model.name_or_path}: {reason}") from error

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from pyralis.errors import ModelError
 from pyralis.lora.adapter import load_adapter
 from pyralis.lora.changed_base import changes_base
+from pyralis.lora.detach import undone_on_error
 from pyralis.lora.orthogonal import start_orthogonally
 from pyralis.models.nf4 import four_bit_layers
 
@@ -44,6 +46,9 @@ class LoraSettings:
         init_lora_weights: True starts from B = 0; others as PEFT has them.
         may_change_base: take starts that change the base weights too (`changed_base.py`).
         more: other fields of PEFT's `LoraConfig`.
+
+    Raises:
+        ModelError: a number or word that none of these can be.
     """
 
     rank: int = 64
@@ -57,6 +62,17 @@ class LoraSettings:
     modules_to_save: tuple[str, ...] = ()
     may_change_base: bool = False
     more: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rank, alpha, dropout = self.rank, self.alpha, self.dropout
+        for name, value, fits, expected in (
+            ("r (lora_rank)", rank, isinstance(rank, Integral) and rank >= 1, "a whole number, at least 1"),
+            ("lora_alpha", alpha, isinstance(alpha, Real), "a number"),
+            ("lora_dropout", dropout, isinstance(dropout, Real) and 0 <= dropout < 1, "a number from 0 to below 1"),
+            ("bias (lora_bias)", self.bias, self.bias in ("none", "all", "lora_only"), "none, all or lora_only"),
+        ):
+            if not fits:
+                raise ModelError(f"{name} is {value!r}; expected {expected}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,36 +103,42 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, *, adapter: Path
     if adapter is not None:
         tuned = load_adapter(model, adapter, trainable=True)
     else:
-        targets = _check_names(model, settings)
-        _warn_of_fused_experts(model)
-        modules = dict(model.named_modules())
-        by_us = settings.init_lora_weights == "orthogonal" and bool(four_bit_layers(model))
-        try:
-            config = LoraConfig(
-                task_type="CAUSAL_LM",
-                r=settings.rank,
-                lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float is as good
-                lora_dropout=settings.dropout,
-                target_modules=targets,
-                bias=settings.bias,
-                use_rslora=settings.use_rslora,
-                use_dora=settings.use_dora,
-                init_lora_weights=by_us or settings.init_lora_weights,  # type: ignore[arg-type]
-                modules_to_save=list(settings.modules_to_save) or None,
-                fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in _matching(modules, targets)),
-                **settings.more,
-            )
-            tuned = get_peft_model(model, config)  # type: ignore[assignment]
-        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-            raise ModelError(f"LoRA cannot be put on this model: {error}") from error
-        _check_variant(tuned, config)
-        if by_us:
-            start_orthogonally(tuned)
-            config.init_lora_weights = "orthogonal"
+        with undone_on_error(model):
+            tuned = _attach_new(model, settings)
     for parameter in tuned.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return tuned
+
+
+def _attach_new(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+    targets = _check_names(model, settings)
+    _warn_of_fused_experts(model)
+    modules = dict(model.named_modules())
+    by_us = settings.init_lora_weights == "orthogonal" and bool(four_bit_layers(model))
+    try:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float is as good
+            lora_dropout=settings.dropout,
+            target_modules=targets,
+            bias=settings.bias,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+            # what PEFT would do again, and fail at, wherever the saved adapter is loaded
+            init_lora_weights=by_us or settings.init_lora_weights,  # type: ignore[arg-type]
+            modules_to_save=list(settings.modules_to_save) or None,
+            fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in _matching(modules, targets)),
+            **settings.more,
+        )
+        tuned = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ModelError(f"LoRA cannot be put on this model: {error}") from error
+    _check_variant(tuned, config)  # type: ignore[arg-type]
+    if by_us:
+        start_orthogonally(tuned)  # type: ignore[arg-type]
+    return tuned  # type: ignore[return-value]
 
 
 def find_linear_targets(model: nn.Module) -> list[str]:

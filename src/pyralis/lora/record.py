@@ -30,6 +30,7 @@ class TrainingRecord:
         dtype: the half-precision dtype that its weights were cast to, if one is recorded; else None.
         rope_scaled_to: the sequence length that RoPE was scaled for, if it was.
         rope_scaling: the scaling, where it was given and not chosen.
+        model_type: its architecture, as transformers names it ("llama"); None where that is not recorded.
     """
 
     quantized: bool = False
@@ -38,6 +39,7 @@ class TrainingRecord:
     dtype: torch.dtype | None = None
     rope_scaled_to: int | None = None
     rope_scaling: RopeScaling | None = None
+    model_type: str | None = None
 
 
 def write_record(adapter: Path, record: TrainingRecord) -> None:
@@ -49,6 +51,7 @@ def write_record(adapter: Path, record: TrainingRecord) -> None:
         "compute_dtype": None if record.dtype is None else str(record.dtype).removeprefix("torch."),
         "rope_scaled_to": record.rope_scaled_to,
         "rope_scaling_given": record.rope_scaling,
+        "model_type": record.model_type,
     }
     write_text(adapter / ADAPTER_RECORD, json.dumps(content, indent=2) + "\n")
 
@@ -77,6 +80,7 @@ def read_record(adapter: Path) -> TrainingRecord:
         dtype=half.get(str(dtype).removeprefix("torch.")),
         rope_scaled_to=values.get("rope_scaled_to"),
         rope_scaling=values.get("rope_scaling_given"),
+        model_type=values.get("model_type"),
     )
 
 

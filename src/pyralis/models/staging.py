@@ -23,13 +23,16 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder that takes the place of `out` when the block ends well, and is removed when it does not.
 
     Raises:
-        ModelError: `out` holds something, and `overwrite` is false or what it holds is not a model.
+        ModelError: `out` holds something, and `overwrite` is false or what it holds is not a model; or no folder can be
+            made there.
     """
     check_target(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.parent / f".{out.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    staging.mkdir()
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise ModelError(f"{out} cannot be made: {error.strerror}. Choose another folder.") from error
     try:
         yield staging
         if out.exists():
@@ -53,11 +56,19 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise ModelError(f"{out} is not empty and holds no model: it is not overwritten. Choose another folder.")
 
 
+def check_not_base(out: Path, base: str | Path | None) -> None:
+    """Raise ModelError if `out` is the folder of the base model, which adapters name: their base would be gone."""
+    if base is not None and out.exists() and Path(base).expanduser().exists() and out.samefile(Path(base).expanduser()):
+        raise ModelError(f"{out} is the base model itself, on which its adapters stand: choose another folder.")
+
+
 def check_disk_space(parent: Path, needed: int) -> None:
     """Raise ModelError unless the disk that `parent` is (or will be) on has `needed` bytes free."""
     existing = next(folder for folder in (parent, *parent.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ModelError(
-            f"{parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed: make room there."
-        )
+        raise ModelError(f"{parent} has {_size(free)} free, but {_size(needed)} are needed: make room there.")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -13,7 +13,10 @@ from pyralis.models.causal_lm import head_reason
 from pyralis.train.fast_loss import FastLossTrainer
 from pyralis.train.formatting import of_one_row
 from pyralis.train.old_trainer_names import TrainerCall, say_once
-from pyralis.train.trl_trainer import TrlConfig, TrlTrainer
+from pyralis.train.trl_trainer import TrlConfig, TrlTrainer, first_row
+
+# What TRL reads a row from, besides the column that dataset_text_field names.
+_COLUMNS = ("messages", "conversations", "prompt", "completion", "input_ids")
 
 
 @dataclass
@@ -52,8 +55,10 @@ class SFTTrainer(TrlTrainer, FastLossTrainer, trl.SFTTrainer):
 
     def adapt(self, call: TrainerCall) -> tuple[str, ...]:
         function, rows = call.arguments.get("formatting_func"), call.arguments.get("train_dataset")
-        if function is not None and rows is not None and (row := next(iter(rows), None)) is not None:
-            call.arguments["formatting_func"] = of_one_row(function, row)
+        if rows is not None:
+            row = first_row(rows, () if function is not None else (call.args.dataset_text_field, *_COLUMNS))
+            if function is not None:
+                call.arguments["formatting_func"] = of_one_row(function, row)
         unknown = set(call.args.dataset_kwargs or {}) - {"skip_prepare_dataset"}
         return tuple(f"dataset_kwargs[{name!r}] has no effect" for name in sorted(unknown))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from pyralis.errors import DataError
 from pyralis.memory.auto import follow_plan, forget_plan
 from pyralis.models.causal_lm import causal_lm_of
 from pyralis.models.checkpointing import choose_save_policy
@@ -95,6 +97,20 @@ class _AccelerateModel(TrainerCallback):
                 "activation_offloading: the inputs of layers wait in pinned host memory, the rest is computed anew, as "
                 "use_gradient_checkpointing='unsloth' has it. TRL's own offloading is not used: it copies more."
             )
+
+
+def first_row(rows: Any, columns: Sequence[str] = ()) -> Any:
+    """The first row of a data set or stream. Raises DataError where there is none, or it has none of `columns`."""
+    row = next(iter(rows), None)
+    if row is None:
+        raise DataError("train_dataset: there is no row in it.")
+    if columns and isinstance(row, Mapping) and not set(columns) & set(row):
+        raise DataError(
+            f"train_dataset has the columns {', '.join(row) or 'of nothing'}; expected one of "
+            f"{', '.join(dict.fromkeys(columns))}. Name the column of the text with dataset_text_field, or give a "
+            "formatting_func."
+        )
+    return row
 
 
 def trained_data(model: Any) -> dict[int, Tensor]:
