@@ -108,6 +108,26 @@ _SHORT = {"v100": "v10016gb", "a100": "a10080gb", "3060": "rtx306012gb", "4060ti
 _BY_MEMORY = "rtx3090"  # what a GPU is taken for of which only the memory is known
 
 
+_OF_NO_WEIGHT = frozenset(
+    {
+        "nvidia", "amd", "geforce", "tesla", "instinct", "generation", "sxm", "sxm2", "sxm4", "sxm5", "hbm2", "hbm2e",
+        "hbm3", "hbm3e",
+    }
+)  # fmt: skip
+
+
+def known_gpu(device_name: str, memory_bytes: int) -> KnownGpu | None:
+    """The GPU of the table that a driver calls `device_name` ("NVIDIA H100 80GB HBM3"); None for one that it does not
+    hold, such as another card of the same number (an H100 PCIe, a laptop's, an RTX 3080 Ti)."""
+    size = f"{round(memory_bytes / GIB)}gb"
+    words = set(re.split(r"[\s-]+", device_name.lower())) - _OF_NO_WEIGHT
+    for gpu in _GPUS:
+        own = set(re.split(r"[\s-]+", gpu.name.lower()))
+        if own <= words | {size} and not {word for word in words - own if not re.fullmatch(r"\d+gb", word)}:
+            return gpu
+    return None
+
+
 def find_gpu(name: str) -> GpuRates:
     """A GPU of the table by its name ("rtx4090", "A100 40GB"), or one of so much memory ("24GB", with an RTX 3090's
     rates). Raises ConfigError for any other word."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pyralis.train.check_dpo import DPO_FIELDS, dpo_rule
+from pyralis.train.check_evaluation import evaluation_rule
 from pyralis.train.check_files import files_rule, model_rule
 from pyralis.train.check_sources import sources_rule
 from pyralis.train.findings import Finding, note, unused
@@ -17,9 +18,6 @@ from pyralis.train.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from pyralis.train.config import TrainConfig
-
-BEST_METRICS = ("loss", "eval_loss")
-"""What `metric_for_best_model` may be: the only thing an evaluation measures."""
 
 Rule: TypeAlias = Callable[["TrainConfig"], Iterator[Finding]]
 
@@ -123,61 +121,6 @@ def _places(config: TrainConfig) -> Iterator[Finding]:
             )
 
 
-def _evaluation(config: TrainConfig) -> Iterator[Finding]:
-    if config.eval_file and config.eval_split:
-        yield Finding(("eval_file", "eval_split"), "eval_file and eval_split are both given; keep one.")
-    has_data = bool(config.eval_file or config.eval_split)
-    if config.eval_strategy != "no" and not has_data:
-        yield Finding(
-            ("eval_strategy", "eval_file", "eval_split"),
-            f"eval_strategy: {config.eval_strategy} needs evaluation data: give eval_file, or eval_split such as 0.05.",
-        )
-    if config.eval_strategy == "no":
-        for name in ("reduce_lr_on_plateau", "greedy"):
-            if config.lr_scheduler_type == name:
-                yield Finding(
-                    ("lr_scheduler_type", "eval_strategy"),
-                    f"lr_scheduler_type: {name} steers by the evaluation loss; set eval_strategy to steps or epoch.",
-                )
-        if has_data:
-            yield note("eval_strategy", message="eval_strategy: no: the evaluation data is not used.")
-    if config.load_best_model_at_end and config.save_strategy != "best":
-        yield from _best_model(config)
-    if config.save_strategy == "best" and config.eval_strategy == "no":
-        yield Finding(
-            ("save_strategy", "eval_strategy"),
-            "save_strategy: best goes by the evaluation loss: give eval_file or eval_split, and an eval_strategy.",
-        )
-    if config.metric_for_best_model not in (None, *BEST_METRICS):
-        yield Finding(
-            ("metric_for_best_model",),
-            f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; expected "
-            f"{' or '.join(BEST_METRICS)}.",
-        )
-    elif config.metric_for_best_model and config.greater_is_better:
-        yield Finding(("greater_is_better",), "greater_is_better: true would keep the model with the highest loss.")
-
-
-def _best_model(config: TrainConfig) -> Iterator[Finding]:
-    keys = ("load_best_model_at_end", "eval_strategy", "save_strategy", "eval_steps", "save_steps", "logging_steps")
-    if config.eval_strategy != config.save_strategy:
-        yield Finding(
-            keys,
-            "load_best_model_at_end: true needs eval_strategy and save_strategy to be the same, but they are "
-            f"{config.eval_strategy} and {config.save_strategy}.",
-        )
-        return
-    evaluate, save = config.eval_steps or config.logging_steps, config.save_steps
-    if config.eval_strategy != "steps":
-        return
-    ratio = save / evaluate
-    if (evaluate < 1) != (save < 1) or abs(ratio - round(ratio)) > 1e-6 or round(ratio) == 0:
-        yield Finding(
-            keys,
-            f"load_best_model_at_end: true needs save_steps to be a multiple of eval_steps, not {save} of {evaluate}.",
-        )
-
-
 def _steps(config: TrainConfig) -> Iterator[Finding]:
     for what in ("logging", "eval", "save"):
         steps = getattr(config, f"{what}_steps")
@@ -186,6 +129,10 @@ def _steps(config: TrainConfig) -> Iterator[Finding]:
     if config.warmup_steps > 1 and config.warmup_steps != int(config.warmup_steps):
         yield Finding(
             ("warmup_steps",), f"warmup_steps: {config.warmup_steps} is not allowed; from 1 on it must be whole."
+        )
+    if config.max_steps == 0:
+        yield Finding(
+            ("max_steps",), "max_steps: 0 trains nothing; expected at least 1, or -1 to go by num_train_epochs."
         )
     if config.max_steps > 0 and "num_train_epochs" in config.model_fields_set:
         yield note("max_steps", message=f"num_train_epochs: has no effect: max_steps is {config.max_steps}.")
@@ -237,6 +184,7 @@ def _reporting(config: TrainConfig) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    *(model_rule, _precision, _task, _mode, _places, _evaluation, _steps, _loader, _speed, _distributed, _reporting),
+    *(model_rule, _precision, _task, _mode, _places, evaluation_rule, _steps, _loader, _speed, _distributed),
+    _reporting,
     files_rule,
 )

@@ -29,6 +29,7 @@ FREE_TO_CHANGE = frozenset(
         "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "save_total_limit", "save_steps",
         "save_strategy", "save_only_model", "logging_steps", "logging_strategy", "logging_first_step", "eval_steps",
         "eval_strategy", "eval_delay", "eval_on_start", "eval_file", "per_device_eval_batch_size", "num_train_epochs",
+        "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "sample_at_eval",
         "max_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
         "dataloader_prefetch_factor", "tokenize_num_workers", "sample_prompts", "sample_max_new_tokens",
         "gradient_checkpointing", "acceleration", "use_unsloth", "on_nan", "push_to_hub", "hub_token", "hub_model_id",

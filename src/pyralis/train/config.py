@@ -60,7 +60,7 @@ class TrainConfig(OwnFields, _TrainingArgumentsFields):
         for name, kind in dataclass_arguments().items():
             if isinstance(arguments.get(name), Mapping):
                 arguments[name] = kind(**arguments[name])
-        if self.save_strategy == "best":
+        if self.save_strategy == "best" or self.early_stopping_patience is not None:
             arguments.setdefault("metric_for_best_model", "loss")
         arguments["gradient_checkpointing"] = self.gradient_checkpointing == "full"
         for name in CHECKPOINTING_NAMES:

@@ -171,3 +171,9 @@ class DataFields(BaseModel):
         origin="transformers",
         default_text="epoch where there is evaluation data, else no",
     )
+    early_stopping_patience: Integer | None = _own(
+        None, "Stop after so many evaluations in a row whose loss is not below the lowest. null: never.", ge=1
+    )
+    early_stopping_threshold: Number = _own(
+        0.0, "By how much an evaluation loss must be below the lowest to count as below it.", ge=0
+    )

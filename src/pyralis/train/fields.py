@@ -25,6 +25,7 @@ class OwnFields(DataFields):
     sample_prompts: list[str] | None = _own(
         None, "Questions answered greedily before and after training; the report shows both answers."
     )
+    sample_at_eval: bool = _own(False, "Answer them at each evaluation too; the report shows these answers by step.")
     sample_max_new_tokens: Integer = _own(64, "Longest sample answer, in tokens.", ge=1)
 
     # Full fine-tuning

@@ -54,4 +54,6 @@ class StopCallback(TrainerCallback):
             control.should_log = True
             control.should_save = True
             control.should_training_stop = True
+            if args.save_total_limit == 1:  # with 1 Trainer deletes, at its end, all checkpoints but the best
+                args.save_total_limit = 2
         return control

@@ -1,8 +1,8 @@
 """The rows of `metrics.jsonl`: what is measured of a run, written and read.
 
-One JSON object per line; its `kind` is `train` (a logging window), `eval`, or `event` (start, resume, checkpoint,
-interrupted, nan, skipped, spike, end). JSON has no NaN: such a value is `null`, with its name and kind under
-`not_finite`.
+One JSON object per line; its `kind` is `train` (a logging window), `eval`, `samples` (answers to the sample questions)
+or `event` (start, resume, checkpoint, interrupted, stopped_early, nan, skipped, spike, end). JSON has no NaN: such a
+value is `null`, with its name and kind under `not_finite`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pyralis.errors import DataError
 
 METRICS_NAME = "metrics.jsonl"
 
-EventName: TypeAlias = Literal["start", "resume", "checkpoint", "interrupted", "nan", "skipped", "spike", "end"]
+EventName: TypeAlias = Literal[
+    "start", "resume", "checkpoint", "interrupted", "stopped_early", "nan", "skipped", "spike", "end"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,15 @@ class EvalMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class SampledAnswers:
+    """The answers to the sample questions at an evaluation, by question."""
+
+    step: int
+    epoch: float
+    answers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class RunEvent:
     """Something that happened at a step, with the cumulative counts a resumed run goes on from."""
 
@@ -84,10 +95,11 @@ def rewards_of(logs: Mapping[str, Any], prefix: str = "") -> dict[str, float | N
     return {f"reward_{ours}": logs.get(f"{prefix}rewards/{theirs}") for ours, theirs in names.items()}
 
 
-Metric: TypeAlias = StepMetrics | EvalMetrics | RunEvent
-_KINDS: dict[str, type[StepMetrics] | type[EvalMetrics] | type[RunEvent]] = {
+Metric: TypeAlias = StepMetrics | EvalMetrics | SampledAnswers | RunEvent
+_KINDS: dict[str, type[StepMetrics] | type[EvalMetrics] | type[SampledAnswers] | type[RunEvent]] = {
     "train": StepMetrics,
     "eval": EvalMetrics,
+    "samples": SampledAnswers,
     "event": RunEvent,
 }
 _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}

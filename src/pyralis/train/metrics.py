@@ -17,6 +17,7 @@ from pyralis.train.metric_rows import (
     Metric,
     MetricsWriter,
     RunEvent,
+    SampledAnswers,
     StepMetrics,
     read_metrics,
     rewards_of,
@@ -64,14 +65,18 @@ class MetricsCallback(TrainerCallback):
         """The same, as `WatchedTrainer.watch_steps` tells it."""
         self.record_event(event, message, step)
 
+    def record_samples(self, samples: SampledAnswers) -> None:
+        """Answers taken at an evaluation; the time that they took is kept out of the rates."""
+        self._set_aside()
+        self._record(samples)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._begin = self._window_begin = self._mark = time.perf_counter()
         self._aside = 0.0
         self._step = self._window_step = state.global_step
         self._window_counts = self.counts()
-        self._elapsed_before = max(
-            (m.elapsed_seconds for m in self.history if not isinstance(m, EvalMetrics)), default=0.0
-        )
+        timed = (m.elapsed_seconds for m in self.history if isinstance(m, StepMetrics | RunEvent))
+        self._elapsed_before = max(timed, default=0.0)
         self._event("resume" if state.global_step else "start", state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -110,6 +110,7 @@ def _when_true(meaning: dict[str, Any], otherwise: dict[str, Any] | None = None)
 _NO_WARMUP = (None, 0, "0")
 _HF = "transformers 4"
 _FACTORY = "LLaMA-Factory"
+_OTHERS = "other programs"
 _NO_AUTO_TOKENIZER = "The tokenizer is the model's; give model_name_or_path."
 _FLAG = {True: "group_by_length", False: "random"}
 _ATTENTION = {"auto": None, "fa2": "flash_attention_2", "fa3": "flash_attention_3", "disabled": "eager"}
@@ -217,6 +218,8 @@ OLD_NAMES: dict[str, OldName] = {
     "pref_loss": _renamed(_FACTORY, "loss_type"),
     "pref_ftx": _renamed(_FACTORY, "rpo_alpha"),
     "flash_attn": _renamed(_FACTORY, "attn_implementation", values=_ATTENTION),
+    "early_stopping_steps": _renamed(_FACTORY, "early_stopping_patience"),
+    "eval_fraction": _renamed(_OTHERS, "eval_split", why="a name of it elsewhere"),
     "val_size": OldName(_FACTORY, ("eval_split",), "LLaMA-Factory's name", _val_size),
     "preprocessing_num_workers": _renamed(_FACTORY, "tokenize_num_workers"),
     "adapter_name_or_path": _renamed(_FACTORY, "load_adapter"),

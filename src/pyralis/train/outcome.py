@@ -15,8 +15,8 @@ from pyralis.data.stats import Batching, BatchStats
 from pyralis.train.checkpoint import StartPoint
 from pyralis.train.config import TrainConfig
 from pyralis.train.environment import describe_environment
-from pyralis.train.format import number_of
-from pyralis.train.metric_rows import Metric
+from pyralis.train.format import loss_text, number_of
+from pyralis.train.metric_rows import EvalMetrics, Metric
 from pyralis.train.panel import DataLine, FinalInfo, StartupInfo
 from pyralis.train.plot import plot_loss
 from pyralis.train.report import DataSummary, DroppedRows, ReportInfo, SampleAnswer, write_report
@@ -117,8 +117,9 @@ def write_outcome(
     data: DataReport,
     batches: BatchStats | None,
     samples: Sequence[SampleAnswer],
+    notes: Sequence[str] = (),
 ) -> OutcomeFiles:
-    """Draw `loss.png` and write `report.html` into the output folder."""
+    """Draw `loss.png` and write `report.html` into the output folder. notes: beside those of `info`."""
     plot_loss(metrics, output_dir / PICTURE_NAME, title=Path(info.model).name)
     write_report(
         output_dir / REPORT_NAME,
@@ -143,6 +144,7 @@ def write_outcome(
                 batches=batches,
             ),
             samples=samples,
+            notes=notes,
             title=Path(info.model).name,
         ),
     )
@@ -162,6 +164,7 @@ def final_info(
     interrupted: bool,
     samples: Sequence[SampleAnswer],
     next_commands: Sequence[tuple[str, str]] | None,
+    notes: Sequence[str] = (),
 ) -> FinalInfo:
     folder = config.output_dir
     if interrupted:
@@ -179,7 +182,19 @@ def final_info(
         picture=files.picture,
         report=files.report,
         next_commands=commands,
+        notes=notes,
     )
+
+
+def result_notes(best_step: int | None, metrics: Sequence[Metric]) -> list[str]:
+    """best_step: the step whose model is the result, where that is not the last one."""
+    if best_step is None:
+        return []
+    loss = next((m.loss for m in metrics if isinstance(m, EvalMetrics) and m.step == best_step), None)
+    return [
+        f"the result is the model of step {best_step}, whose evaluation loss was the lowest ({loss_text(loss)}): "
+        "load_best_model_at_end"
+    ]
 
 
 def run_facts(status: str, prepared: PreparedData, model: PreparedModel) -> dict[str, Any]:
@@ -189,6 +204,7 @@ def run_facts(status: str, prepared: PreparedData, model: PreparedModel) -> dict
         "step": 0,
         "compute_dtype": str(model.loaded.dtype).removeprefix("torch."),
         "rope_scaled_to": model.loaded.rope_scaled_to,
+        "model_type": model.loaded.model.config.model_type,
         "data_digest": prepared.data.digest,
         "versions": dict(describe_environment().packages),
     }

@@ -48,11 +48,12 @@ class DataSummary:
 
 @dataclass(frozen=True, slots=True)
 class SampleAnswer:
-    """One question, answered by the model before and after training."""
+    """One question, answered by the model before and after training. during: (step, answer) at evaluations."""
 
     question: str
     before: str
     after: str
+    during: Sequence[tuple[int, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)

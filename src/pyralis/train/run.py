@@ -38,6 +38,8 @@ from pyralis.train.config import LoadedConfig, TrainConfig, config_from_dict, lo
 from pyralis.train.data_stats import data_stats
 from pyralis.train.deterministic import deterministic
 from pyralis.train.dpo_run import PreferenceTrainer
+from pyralis.train.early_stopping import EarlyStop
+from pyralis.train.eval_samples import EvalSamples, sample_answers
 from pyralis.train.interrupt import GracefulStop, StopCallback
 from pyralis.train.libraries import check_libraries
 from pyralis.train.live import LiveLine
@@ -45,11 +47,13 @@ from pyralis.train.lock import only_run_in
 from pyralis.train.make_trainer import make_trainer
 from pyralis.train.metric_rows import METRICS_NAME
 from pyralis.train.metrics import MetricsCallback, MetricsWriter
+from pyralis.train.mfu import mfu_of
 from pyralis.train.model_card import model_card
 from pyralis.train.outcome import (
     OutcomeFiles,
     describe_start,
     final_info,
+    result_notes,
     run_facts,
     summary_facts,
     write_outcome,
@@ -192,7 +196,11 @@ def _run(
     main = trainer.is_world_process_zero()
     writer = MetricsWriter(output_dir / METRICS_NAME, resume_step=start.step) if main else None
     counts = trainer.token_counts
-    metrics = MetricsCallback(writer, lambda: (counts.supervised, counts.total))
+    preferences = config.task_type == "dpo"  # the reference's forward pass comes on top of what MFU counts
+    mfu = None if preferences else mfu_of(
+        model.model, model.loaded.device, model.loaded.dtype, arguments.world_size
+    )  # fmt: skip
+    metrics = MetricsCallback(writer, lambda: (counts.supervised, counts.total), mfu)
     info = describe_start(config, prepared, model, trainer, start, notes)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -202,6 +210,15 @@ def _run(
     if main:
         trainer.add_callback(live)
         console.print(startup_panel(info))
+
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStop(config.early_stopping_patience, config.early_stopping_threshold, metrics))
+    if questions and config.sample_at_eval and prepared.template is not None:
+        answer = partial(
+            answer_questions, model.model, prepared.tokenizer, prepared.template, questions,
+            max_new_tokens=config.sample_max_new_tokens,
+        )  # fmt: skip
+        trainer.add_callback(EvalSamples(questions, answer, metrics))
 
     with GracefulStop() as stop:
         trainer.add_callback(StopCallback(stop))
@@ -225,21 +242,22 @@ def _run(
         metrics.record_event("interrupted", f"{stop.requested}: a checkpoint was saved")
 
     after = [] if interrupted else _answers(config, prepared, model, questions, console, "after")
-    samples = tuple(SampleAnswer(*row) for row in zip(questions, before, after))
+    samples = sample_answers(questions, before, after, metrics.history)
     summary = summarise(metrics.history)
     if main and not interrupted:
         _save_result(trainer, output_dir, model_card(info, summary))
     files = OutcomeFiles(metrics=output_dir / METRICS_NAME)
     if main:
+        result = [] if interrupted else result_notes(trainer.best_loaded, metrics.history)
         batches = data_stats(prepared.data.train, config)
         files = write_outcome(
-            output_dir, info, metrics.history, config.effective(), prepared.data.report, batches, samples
+            output_dir, info, metrics.history, config.effective(), prepared.data.report, batches, samples, result
         )
         outcome = {"step": trainer.state.global_step, **summary_facts(summary)}
         write_json(output_dir / RUN_NAME, run_record(output_dir) | {"status": status, **outcome})
         if samples:
             console.print(answers_table(samples))
-        console.print(final_panel(final_info(config, summary, files, interrupted, samples, next_commands)))
+        console.print(final_panel(final_info(config, summary, files, interrupted, samples, next_commands, result)))
     trainer.accelerator.wait_for_everyone()
     return TrainResult(status, stop.requested if interrupted else None, output_dir, summary, files, samples)
 

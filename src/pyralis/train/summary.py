@@ -160,6 +160,13 @@ def _verdict(
             f"{verdict.chinese}评估损失在第 {best.step} 步最低（{loss_text(best.loss)}），"
             f"此后升至 {loss_text(evals[-1].loss)}，可能已过拟合。",
         )
+    early = next((m for m in events if m.event == "stopped_early"), None)
+    if early is not None:
+        verdict = Verdict(
+            verdict.mood,
+            f"{verdict.english} Stopped early at step {early.step}: {early.message}.",
+            f"{verdict.chinese}训练在第 {early.step} 步提前停止：评估损失不再下降。",
+        )
     if events and events[-1].event == "interrupted":
         verdict = Verdict(
             "warn",

@@ -19,6 +19,7 @@ from pyralis.data.collate import Collator
 from pyralis.data.template import ChatTemplate, save_template
 from pyralis.errors import ConfigError
 from pyralis.models.staging import write_text
+from pyralis.train.best_model import BestModel
 from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json
 from pyralis.train.checksums import write_checksums
 from pyralis.train.fast_loss import FastLossTrainer
@@ -32,7 +33,7 @@ from pyralis.train.watched_trainer import WatchedTrainer
 COUNTS_NAME = "pyralis_counts.json"
 
 
-class PyralisTrainer(GroupedRows, FastLossTrainer, WatchedTrainer):
+class PyralisTrainer(BestModel, GroupedRows, FastLossTrainer, WatchedTrainer):
     """`transformers.Trainer` for causal language models, at a fraction of its CPU time (`LeanTrainer`).
 
     - The loss of an optimizer step is the sum over its supervised tokens divided by their number, whatever the split
