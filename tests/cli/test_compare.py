@@ -19,8 +19,7 @@ def made(folder: Path, loss: float) -> str:
     return str(folder)
 
 
-def test_table_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+def test_table_and_page(tmp_path: Path) -> None:
     runs = [made(tmp_path / "one", 1.5), made(tmp_path / "two", 2.5)]
     page = tmp_path / "compare.html"
     result = CliRunner().invoke(build_app(), ["compare", *runs, "--out", str(page)], catch_exceptions=False)

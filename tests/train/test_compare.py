@@ -32,11 +32,6 @@ CONFIG = {
 MakeRun = Callable[..., Path]
 
 
-@pytest.fixture(autouse=True)
-def english(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LC_ALL", "C.UTF-8")
-
-
 @pytest.fixture
 def make_run(tmp_path: Path, history: list[Metric]) -> MakeRun:
     def make(name: str, rows: list[Metric] | None = None, status: str = "finished", **settings: Any) -> Path:

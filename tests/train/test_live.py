@@ -15,7 +15,8 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pyralis.train import live
-from pyralis.train.live import LiveLine, Part, bar, fit, sparkline
+from pyralis.train.line import Part, bar, fit, sparkline
+from pyralis.train.live import LiveLine
 from pyralis.train.metrics import Metric, MetricsCallback, StepMetrics
 
 
@@ -206,3 +207,34 @@ def test_sparkline(values: list[float], expected: str) -> None:
 def test_bar() -> None:
     draw: Callable[..., str] = bar
     assert [draw(share, 4, False) for share in (0.0, 0.49, 0.5, 1.0, 1.2)] == ["----", "#---", "##--", "####", "####"]
+
+
+def test_chinese_where_the_locale_is_and_the_output_can_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    plain = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), width=80)
+    run = Run(plain, steps=3)
+    with plain.capture() as capture:
+        for loss in (2.0, 1.5):
+            run.step(loss)
+        run.call("on_evaluate", metrics={"eval_loss": 1.0, "eval_runtime": 65.0})
+        run.call("on_save")
+    text = capture.get()
+    for part in ("步 1/3", "损失  1.5000", "学习率 2.00e-04", "梯度  0.53", "监督 tok/s", "MFU 41%", "剩余"):
+        assert part in text, part
+    assert "步 2  评估损失 1.0000  困惑度 2.718   1:05" in text
+    assert "步 2  已保存检查点" in text
+    for width in range(20, 200):
+        assert cell_len(drawn(run, width)) < width
+    assert all(part in drawn(run, 80) for part in ("2/3", "损失 1.5000", "监督/s", "GiB", "剩余"))
+
+    ascii_only = Run(Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=80))
+    ascii_only.step(2.0)
+    assert drawn(ascii_only, 160, "ascii").isascii()
+
+
+def test_a_run_that_stopped_early_says_why(plain: Console) -> None:
+    run = Run(plain)
+    run.step(2.0)
+    run.metrics.record_event("stopped_early", "2 evaluations in a row did not bring the loss below its lowest")
+    run.call("on_train_end")
+    assert "step   1  stopped early: 2 evaluations in a row did not" in output(plain).replace("\n", " ")

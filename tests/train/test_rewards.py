@@ -73,4 +73,5 @@ def test_chart(preferences: list[Metric], history: list[Metric]) -> None:
 
 def test_text() -> None:
     assert rewards_text(0.8125, 0.41234) == "rewards 81 % right, margin 0.412"
+    assert rewards_text(0.8125, 0.41234, chinese=True) == "奖励 81 % 正确，差 0.412"
     assert rewards_text(None, None) == ""

@@ -45,9 +45,12 @@ def loss_text(loss: float | None) -> str:
     return f"{loss:.4f}" if abs(loss) < 10 else f"{loss:.5g}"
 
 
-def rewards_text(accuracy: float | None, margin: float | None) -> str:
+def rewards_text(accuracy: float | None, margin: float | None, *, chinese: bool = False) -> str:
     """ "rewards 81 % right, margin 0.412"; empty without them."""
-    return "" if accuracy is None or margin is None else f"rewards {percent_text(accuracy)} right, margin {margin:.3g}"
+    if accuracy is None or margin is None:
+        return ""
+    right = percent_text(accuracy)
+    return f"奖励 {right} 正确，差 {margin:.3g}" if chinese else f"rewards {right} right, margin {margin:.3g}"
 
 
 def gib_text(gib: float | None) -> str:

@@ -7,64 +7,19 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pyralis.train.format import count_text, duration_text, gib_text, loss_text, rewards_text
-from pyralis.train.metrics import EvalMetrics, MetricsCallback, StepMetrics
+from pyralis.train.language import chinese_locale
+from pyralis.train.line import Part, bar, fit, sparkline
+from pyralis.train.metrics import EvalMetrics, MetricsCallback, RunEvent, StepMetrics
 
-SPARKS = "▁▂▃▄▅▆▇█"
 ETA_STEPS = 50
 """The remaining time is reckoned from the mean of so many last steps."""
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """The finite values as bars between their own minimum and maximum."""
-    finite = [v for v in values if math.isfinite(v)]
-    if not finite:
-        return ""
-    low, high = min(finite), max(finite)
-    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(SPARKS[round((v - low) * scale)] for v in finite)
-
-
-def bar(share: float, width: int, unicode: bool = True) -> str:
-    full = min(width, int(share * width))
-    return "━" * full + "─" * (width - full) if unicode else "#" * full + "-" * (width - full)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A piece of the live line: the widest form first. The least important pieces make room for the others."""
-
-    importance: int
-    style: str
-    forms: Sequence[str]
-
-
-def fit(parts: Sequence[Part], width: int) -> Text:
-    """As many of the important parts as fit, each as wide as there is room for, in the order given."""
-    chosen: dict[int, str] = {}
-    left = width + 2
-    by_importance = sorted(range(len(parts)), key=lambda i: -parts[i].importance)
-    for i in by_importance:
-        needed = cell_len(parts[i].forms[-1]) + 2
-        if needed <= left:
-            chosen[i], left = parts[i].forms[-1], left - needed
-    for i in (i for i in by_importance if i in chosen):
-        for form in parts[i].forms:
-            if (more := cell_len(form) - cell_len(chosen[i])) <= left:
-                chosen[i], left = form, left - more
-                break
-    pieces = [(chosen[i], parts[i].style) for i in sorted(chosen) if chosen[i]]
-    return Text("  ", no_wrap=True, overflow="crop").join(Text(text, style) for text, style in pieces)
 
 
 class LiveLine(TrainerCallback):
@@ -72,7 +27,8 @@ class LiveLine(TrainerCallback):
 
     Add it behind `metrics`, which measures, and with the Trainer's own ProgressCallback and PrinterCallback removed.
     On a terminal the line is redrawn several times a second by a thread; whatever is printed or logged meanwhile
-    stands above it. Elsewhere each logged step is one line.
+    stands above it. Elsewhere each logged step is one line. It is in Chinese where the locale is and the output can
+    show it.
     """
 
     def __init__(self, metrics: MetricsCallback, console: Console | None = None) -> None:
@@ -83,6 +39,7 @@ class LiveLine(TrainerCallback):
         self._times: deque[tuple[int, float]] = deque(maxlen=ETA_STEPS + 1)
         self._evaluating: tuple[int, int | None] | None = None
         self._live: Live | None = None
+        self._chinese = chinese_locale() and self.console.encoding.lower().startswith("utf")
         self._streams: list[tuple[logging.StreamHandler, Any]] = []
 
     # ---- callbacks ----
@@ -125,22 +82,22 @@ class LiveLine(TrainerCallback):
         self._evaluating = None
         row = self.metrics.history[-1] if self.metrics.history else None
         if isinstance(row, EvalMetrics) and state.is_world_process_zero:
+            perplexity = row.perplexity
             beside = (
-                f"perplexity {row.perplexity:.4g}"
-                if row.perplexity is not None
-                else rewards_text(row.reward_accuracy, row.reward_margin)
+                self._rewards(row) if perplexity is None else f"{self._say('perplexity', '困惑度')} {perplexity:.4g}"
             )
             took = f"   {duration_text(row.seconds)}" if row.seconds is not None else ""
-            self.console.print(
-                f"step {row.step:>{self._digits}}  eval loss {loss_text(row.loss)}  {beside}{took}",
-                markup=False,
-            )
+            self._above(row.step, f"{self._say('eval loss', '评估损失')} {loss_text(row.loss)}  {beside}{took}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.console.print(f"step {state.global_step:>{self._digits}}  checkpoint saved", markup=False)
+            self._above(state.global_step, self._say("checkpoint saved", "已保存检查点"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        event = next((m for m in self.metrics.history if isinstance(m, RunEvent) and m.event == "stopped_early"), None)
+        if event is not None and state.is_world_process_zero:
+            chinese = "提前停止：评估损失不再下降"
+            self._above(event.step, self._say(f"stopped early: {event.message}", chinese))
         self.close()
 
     def close(self) -> None:
@@ -153,6 +110,16 @@ class LiveLine(TrainerCallback):
             self._live = None
 
     # ---- drawing ----
+
+    def _say(self, english: str, chinese: str) -> str:
+        return chinese if self._chinese else english
+
+    def _above(self, step: int, text: str) -> None:
+        """A line of its own."""
+        self.console.print(f"{self._step_text(step)}  {text}", markup=False)
+
+    def _step_text(self, step: int) -> str:
+        return f"{self._say('step', '步')} {step:>{self._digits}}"
 
     @property
     def _digits(self) -> int:
@@ -168,14 +135,15 @@ class LiveLine(TrainerCallback):
 
     def _plain_line(self, row: StepMetrics) -> str:
         parts = [
-            f"step {row.step:>{self._digits}}/{self.max_steps}",
-            f"loss {loss_text(row.loss):>7}",
-            f"lr {row.learning_rate:.2e}",
-            f"grad {_norm(row.grad_norm):>5}",
-            f"{count_text(row.supervised_tokens_per_second):>5} sup tok/s",
+            f"{self._step_text(row.step)}/{self.max_steps}",
+            f"{self._say('loss', '损失')} {loss_text(row.loss):>7}",
+            f"{self._say('lr', '学习率')} {row.learning_rate:.2e}",
+            f"{self._say('grad', '梯度')} {_norm(row.grad_norm):>5}",
+            f"{count_text(row.supervised_tokens_per_second):>5} {self._say('sup tok/s', '监督 tok/s')}",
             f"{count_text(row.total_tokens_per_second):>5} tok/s",
+            _mfu(row),
             f"{gib_text(_memory(row)):>8}",
-            rewards_text(row.reward_accuracy, row.reward_margin),
+            self._rewards(row),
             self._time_text(row),
         ]
         return "  ".join(part for part in parts if part)
@@ -189,32 +157,51 @@ class LiveLine(TrainerCallback):
         head = Part(9, "bold", [f"{self.step:>{self._digits}}/{self.max_steps}"])
         if self._evaluating:
             done, total = self._evaluating
-            return [head, Part(8, "yellow", [f"evaluating {done}" + (f"/{total}" if total else "")])]
+            return [
+                head,
+                Part(8, "yellow", [f"{self._say('evaluating', '评估')} {done}" + (f"/{total}" if total else "")]),
+            ]
         progress = Part(4, "cyan", [*(bar(share, width, unicode) for width in (16, 12, 8)), f"{share:.0%}"])
         row = self.metrics.latest
         if row is None:
-            return [head, progress, Part(8, "dim", ["waiting for the first loss"])]
+            return [head, progress, Part(8, "dim", [self._say("waiting for the first loss", "等待第一个损失")])]
         sparks = sparkline(list(self._losses)) if unicode else ""
         supervised = count_text(row.supervised_tokens_per_second)
+        sound = math.isfinite(row.loss)
+        rate = f"{row.learning_rate:.1e}".replace("e-0", "e-").replace("e+00", "")
         return [
             head,
             progress,
-            Part(8, "bold green" if math.isfinite(row.loss) else "bold red", [f"loss {loss_text(row.loss)}"]),
+            Part(8, "bold green" if sound else "bold red", [f"{self._say('loss', '损失')} {loss_text(row.loss)}"]),
             Part(3, "green", [sparks[-size:] for size in (20, 14, 10, 6)]),
-            Part(6, "cyan", [rewards_text(row.reward_accuracy, row.reward_margin), ""]),
-            Part(5, "", [f"lr {row.learning_rate:.1e}".replace("e-0", "e-").replace("e+00", "")]),
-            Part(5, "", [f"grad {_norm(row.grad_norm)}"]),
-            Part(6, "", [f"{supervised} sup tok/s", f"{supervised} sup/s"]),
+            Part(6, "cyan", [self._rewards(row), ""]),
+            Part(5, "", [f"{self._say('lr', '学习率')} {rate}"]),
+            Part(5, "", [f"{self._say('grad', '梯度')} {_norm(row.grad_norm)}"]),
+            Part(
+                6,
+                "",
+                [
+                    f"{supervised} {self._say('sup tok/s', '监督 tok/s')}",
+                    f"{supervised} {self._say('sup/s', '监督/s')}",
+                ],
+            ),
             Part(2, "", [f"{count_text(row.total_tokens_per_second)} tok/s"]),
             Part(6, "", [gib_text(_memory(row))]),
-            Part(1, "", [f"MFU {row.mfu:.0%}" if row.mfu is not None else ""]),
+            Part(1, "", [_mfu(row)]),
             Part(7, "magenta", [self._time_text(row)]),
         ]
 
     def _time_text(self, row: StepMetrics) -> str:
         if self.step >= self.max_steps:
-            return f"took {duration_text(row.elapsed_seconds)}"
-        return f"ETA {duration_text(self.eta_seconds)}"
+            return f"{self._say('took', '用时')} {duration_text(row.elapsed_seconds)}"
+        return f"{self._say('ETA', '剩余')} {duration_text(self.eta_seconds)}"
+
+    def _rewards(self, row: StepMetrics | EvalMetrics) -> str:
+        return rewards_text(row.reward_accuracy, row.reward_margin, chinese=self._chinese)
+
+
+def _mfu(row: StepMetrics) -> str:
+    return "" if row.mfu is None else f"MFU {row.mfu:.0%}"
 
 
 def _memory(row: StepMetrics) -> float | None:
