@@ -28,6 +28,7 @@ def load(**values: Any) -> LoadedConfig:
         ({"train_mode": "full", "load_adapter": "out"}, "load_adapter"),
         ({"init_lora_weights": "xavier"}, "gaussian"),
         ({"init_lora_weights": "pissa"}, "'gaussian'"),
+        ({"max_steps": 0}, "max_steps: 0 trains nothing; expected at least 1, or -1"),
         ({"init_lora_weights": "orthogonal"}, "cannot start from 4-bit weights"),
         ({"eval_strategy": "steps"}, "needs evaluation data"),
         ({"eval_file": "a.jsonl", "eval_split": 0.1}, "keep one"),

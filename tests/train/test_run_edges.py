@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pyralis.errors import ConfigError, ModelError
+from pyralis.errors import ConfigError, ModelError, NotFiniteError
 from pyralis.export.merge import merge_adapter
 from pyralis.lora.record import read_record
 from pyralis.train.config import config_from_dict
@@ -97,6 +97,28 @@ def test_fields_that_cannot_be_followed(
         run(tiny_llama, chats, tmp_path / "out", **values)
 
 
+def test_evaluation_drops_no_row(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    """12 rows in batches of 5, and of 16, whatever training drops."""
+    evaluated = {"eval_file": str(chats), "eval_on_start": True, "eval_strategy": "steps", "learning_rate": 0.0}
+    losses = []
+    for name, rows in {"kept": {}, "dropped": {"dataloader_drop_last": True}}.items():
+        for size in (5, 16):
+            result = run(
+                tiny_llama, chats, tmp_path / f"{name}-{size}", max_steps=1, per_device_eval_batch_size=size,
+                **evaluated | rows,
+            )  # fmt: skip
+            losses.append(result.summary.last_eval_loss)
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
+
+
+def test_attention_that_has_no_backward_on_a_cpu(
+    tiny_llama: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyralis.train.setup.choose_device", lambda: torch.device("cpu"))
+    with pytest.raises(ConfigError, match="flex_attention cannot learn on a CPU; set it to sdpa or eager"):
+        run(tiny_llama, chats, tmp_path / "out", attn_implementation="flex_attention")
+
+
 def test_saving_the_best_needs_no_metric(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
     evaluated = {"eval_split": 0.2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best"}
     result = run(tiny_llama, chats, tmp_path / "out", max_steps=3, load_best_model_at_end=True, **evaluated)
@@ -142,7 +164,8 @@ def test_embeddings_have_their_own_learning_rate(tiny_llama: Path, chats: Path, 
 
 
 def test_a_loss_that_is_lost_is_an_event(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
-    run(tiny_llama, chats, tmp_path / "out", learning_rate=1e30, logging_steps=1)
+    with pytest.raises(NotFiniteError, match="step 2: the loss is nan"):
+        run(tiny_llama, chats, tmp_path / "out", learning_rate=1e30, logging_steps=1)
     events = [m.event for m in read_metrics(tmp_path / "out" / "metrics.jsonl") if isinstance(m, RunEvent)]
     assert events.count("nan") == 1
 

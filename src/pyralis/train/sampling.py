@@ -1,4 +1,4 @@
-"""The order in which a Trainer takes its rows."""
+"""The order in which a Trainer takes its rows, and which of them."""
 
 from __future__ import annotations
 
@@ -23,3 +23,15 @@ class GroupedRows(Trainer):
         step_rows = self._train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
         return GroupedSampler(rows.with_format("numpy")[:][column], step_rows, seed)
+
+
+class EveryRowEvaluated(Trainer):
+    """A Trainer whose evaluation sees each row: `dataloader_drop_last`, which transformers obeys there too, leaves out
+    rows of training alone. Of data smaller than a batch nothing would be evaluated."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropping

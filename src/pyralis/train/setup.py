@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from pyralis.compat import checkpointing_argument
 from pyralis.data.pack import require_isolation
 from pyralis.data.template import stop_token_ids
+from pyralis.errors import ConfigError
 from pyralis.lora.attach import LoraSettings, ParameterCount, attach_lora, count_parameters
 from pyralis.lora.record import has_record, read_record
 from pyralis.memory.auto import follow_plan
@@ -49,6 +50,8 @@ class PreparedModel:
 
 def prepare_model(config: TrainConfig, prepared: PreparedData) -> PreparedModel:
     """Load the model, see that the data fits it, put the fast path in, attach the adapter."""
+    if config.attn_implementation == "flex_attention" and choose_device().type == "cpu":
+        raise ConfigError("attn_implementation: flex_attention cannot learn on a CPU; set it to sdpa or eager.")
     half_weights = _half_weights(config)
     loaded = load_model(
         ModelSettings(

@@ -25,7 +25,7 @@ from pyralis.train.checksums import write_checksums
 from pyralis.train.fast_loss import FastLossTrainer
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
 from pyralis.train.refusals import refusals_named
-from pyralis.train.sampling import GroupedRows
+from pyralis.train.sampling import EveryRowEvaluated, GroupedRows
 from pyralis.train.save_errors import save_errors_named
 from pyralis.train.token_counts import TokenCounts
 from pyralis.train.watched_trainer import WatchedTrainer
@@ -33,12 +33,12 @@ from pyralis.train.watched_trainer import WatchedTrainer
 COUNTS_NAME = "pyralis_counts.json"
 
 
-class PyralisTrainer(BestModel, GroupedRows, FastLossTrainer, WatchedTrainer):
+class PyralisTrainer(BestModel, GroupedRows, EveryRowEvaluated, FastLossTrainer, WatchedTrainer):
     """`transformers.Trainer` for causal language models, at a fraction of its CPU time (`LeanTrainer`).
 
     - The loss of an optimizer step is the sum over its supervised tokens divided by their number, whatever the split
       into micro-batches and processes: 1 x 8, 2 x 4 and 8 x 1 give the same gradients.
-    - Evaluation weighs tokens, not batches.
+    - Evaluation weighs tokens, not batches, and leaves out no row.
     - A checkpoint is written beside and renamed: `checkpoint-N` exists only when it is whole.
     - The chat template lies beside every saved model.
     - Embeddings and head may have a learning rate of their own.
