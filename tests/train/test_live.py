@@ -237,4 +237,4 @@ def test_a_run_that_stopped_early_says_why(plain: Console) -> None:
     run.step(2.0)
     run.metrics.record_event("stopped_early", "2 evaluations in a row did not bring the loss below its lowest")
     run.call("on_train_end")
-    assert "step   1  stopped early: 2 evaluations in a row did not" in output(plain).replace("\n", " ")
+    assert "step   1  stopped early: 2 evaluations in a row did not" in output(plain)

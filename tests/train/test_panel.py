@@ -109,3 +109,20 @@ def test_one_evaluation_is_one_value(history: list[Metric]) -> None:
     assert loss_text(evals[0].loss) in line
     assert "→" not in line
     assert "lowest" not in line
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_chinese_where_the_locale_is(
+    width: int, startup: StartupInfo, history: list[Metric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    start = joined(drawn(startup_panel(startup), width))
+    for text in (
+        "7.62B 参数中的 40.4M（0.53 %）", "训练数据", "12,345 行 · 4.32M 词元，其中 46 % 参与监督", "步数", "40 · 1 轮",
+        "2 x 8 累积 x 4 进程 = 每步 64 行", "学习率 0.0001", "预计 17.9 GiB，共 79.1 GiB", "警告",
+        "43 rows were dropped",
+    ):  # fmt: skip
+        assert text.replace(" ", "") in start, text
+    final = joined(drawn(final_panel(FinalInfo(summarise(history), Path("out"))), width))
+    for text in ("完成", "经过 40 步，损失下降了 81 %", "评估损失", "用时", "监督词元/秒", "进程内存峰值", "结果"):
+        assert text.replace(" ", "") in final, text

@@ -13,6 +13,7 @@ from rich.text import Text
 from pyralis.data.template import ChatTemplate, stop_token_ids
 from pyralis.data.tokenize import encode_prompt
 from pyralis.data.types import Message
+from pyralis.train.language import words
 from pyralis.train.report import SampleAnswer
 
 
@@ -58,10 +59,16 @@ def answer_questions(
 
 def answers_table(samples: Sequence[SampleAnswer]) -> Table:
     """Question, answer before, answer after; the last stands out."""
-    table = Table(box=box.SIMPLE_HEAD, title="The same questions, before and after", title_justify="left", expand=True)
-    table.add_column("question", ratio=2)
-    table.add_column("before", ratio=4, style="dim")
-    table.add_column("after", ratio=4, style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=words("The same questions, before and after", "同样的问题，训练前后"),
+        title_justify="left",
+        expand=True,
+    )
+    table.add_column(words("question", "问题"), ratio=2)
+    table.add_column(words("before", "训练前"), ratio=4, style="dim")
+    table.add_column(words("after", "训练后"), ratio=4, style="bold")
     for sample in samples:
-        table.add_row(Text(sample.question), Text(sample.before or "(nothing)"), Text(sample.after or "(nothing)"))
+        before, after = (text or words("(nothing)", "（空）") for text in (sample.before, sample.after))
+        table.add_row(Text(sample.question), Text(before), Text(after))
     return table

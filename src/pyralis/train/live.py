@@ -116,7 +116,7 @@ class LiveLine(TrainerCallback):
 
     def _above(self, step: int, text: str) -> None:
         """A line of its own."""
-        self.console.print(f"{self._step_text(step)}  {text}", markup=False)
+        self.console.print(f"{self._step_text(step)}  {text}", markup=False, soft_wrap=self._live is None)
 
     def _step_text(self, step: int) -> str:
         return f"{self._say('step', '步')} {step:>{self._digits}}"
@@ -175,7 +175,7 @@ class LiveLine(TrainerCallback):
             Part(8, "bold green" if sound else "bold red", [f"{self._say('loss', '损失')} {loss_text(row.loss)}"]),
             Part(3, "green", [sparks[-size:] for size in (20, 14, 10, 6)]),
             Part(6, "cyan", [self._rewards(row), ""]),
-            Part(5, "", [f"{self._say('lr', '学习率')} {rate}"]),
+            Part(5, "", [f"{self._say('lr', '学习率')} {rate}", f"lr {rate}"]),
             Part(5, "", [f"{self._say('grad', '梯度')} {_norm(row.grad_norm)}"]),
             Part(
                 6,

@@ -16,6 +16,7 @@ from pyralis.train.checkpoint import StartPoint
 from pyralis.train.config import TrainConfig
 from pyralis.train.environment import describe_environment
 from pyralis.train.format import loss_text, number_of
+from pyralis.train.language import words
 from pyralis.train.metric_rows import EvalMetrics, Metric
 from pyralis.train.panel import DataLine, FinalInfo, StartupInfo
 from pyralis.train.plot import plot_loss
@@ -168,13 +169,17 @@ def final_info(
 ) -> FinalInfo:
     folder = config.output_dir
     if interrupted:
-        commands: Sequence[tuple[str, str]] = (("the same command again", "goes on from the checkpoint just saved"),)
+        again = words("the same command again", "再次运行同一命令")
+        commands: Sequence[tuple[str, str]] = (
+            (again, words("goes on from the checkpoint just saved", "从刚保存的检查点继续")),
+        )
     elif next_commands is not None:
         commands = next_commands
     else:
-        commands = [(f"pyralis chat {folder}", "talk to it")]
+        commands = [(f"pyralis chat {folder}", words("talk to it", "与它对话"))]
         if config.train_mode != "full":
-            commands.append((f"pyralis export merge {folder} {folder}-merged", "one folder any program loads"))
+            purpose = words("one folder any program loads", "任何程序都能加载的一个文件夹")
+            commands.append((f"pyralis export merge {folder} {folder}-merged", purpose))
     return FinalInfo(
         summary=summary,
         result_dir=Path(folder),
