@@ -34,7 +34,8 @@ class LiveBytes(TorchDispatchMode):
         for made in tree_leaves(out):
             if isinstance(made, Tensor) and (storage := made.untyped_storage())._cdata not in given:
                 self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        if self._watched:
+        if self._watched and self._alive() > self.peak:
+            gc.collect()  # what the interpreter's cycles of references hold
             self.peak = max(self.peak, self._alive())
         return out
 

@@ -18,11 +18,13 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 @cache
-def shape_of(name: str, *, rank: int = 16, four_bit: bool = True, layers: int | None = None) -> ModelShape:
+def shape_of(
+    name: str, *, rank: int = 16, four_bit: bool = True, layers: int | None = None, dropout: float = 0.0
+) -> ModelShape:
     """One of `MODELS` with LoRA on all projections, in bfloat16."""
     fields: dict[str, Any] = dict(MODELS[name])
     fields["num_hidden_layers"] = layers or fields["num_hidden_layers"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
-        tuned = get_peft_model(model, LoraConfig(r=rank, target_modules=LINEAR))
+        tuned = get_peft_model(model, LoraConfig(r=rank, lora_dropout=dropout, target_modules=LINEAR))
     return describe_model(model, decoder_layers(tuned), Gpu((9, 0), 132), assumed=Assumed(four_bit))

@@ -18,6 +18,7 @@ from pyralis.memory.footprint import computed_per_token, kept_per_token, standin
 from pyralis.memory.shape import Assumed, ModelShape, describe_model
 from pyralis.models.checkpointing import choose_save_policy
 from pyralis.models.fast_path import backbone_state
+from pyralis.models.gradient_sums import GradientSums
 from pyralis.models.policy import POLICIES, SavePolicy
 from pyralis.models.residency import keep_matrices
 from pyralis.models.surgery import accelerate, decoder_layers, report
@@ -165,6 +166,24 @@ def test_a_model_without_weights_is_described_alike() -> None:
     assert planned.layers == there.layers
     assert (planned.trained, planned.vocabulary) == (there.trained, there.vocabulary)
     assert planned.outside == there.outside + 64 * 4  # the final norm
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+@pytest.mark.parametrize("family", ["llama-biases", "gemma2", "phi3"])
+def test_sums_of_tiles(family: str, lora: LoraConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the gradients in bfloat16 that an MLP in tiles sums in float32."""
+    base, found = build(family, lora=lora).bfloat16(), []
+    choose_save_policy(decoder_layers(base), "recompute_layer", 5)
+    write = GradientSums.write_sums
+
+    def counted(sums: GradientSums) -> None:
+        found.append(sum(total.nbytes for _, total in sums._sums.values()))
+        write(sums)
+
+    monkeypatch.setattr(GradientSums, "write_sums", counted)
+    base.model(inputs_embeds=torch.randn(1, TOKENS, 64, dtype=torch.bfloat16)).last_hidden_state.sum().backward()
+    assert found[::-1] == [layer.tile_sums for layer in describe(base).layers]
+    assert min(found) > 0
 
 
 def test_llama_3_8b() -> None:

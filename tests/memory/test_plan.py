@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyralis.errors import ConfigError
+from pyralis.memory.auto import margin
 from pyralis.memory.cost import Batch
+from pyralis.memory.explain import layer_lines
+from pyralis.memory.footprint import CONTEXT, backward_per_token, computed_per_token, tiled_bytes
 from pyralis.memory.gpus import GIB, KNOWN, find_gpu
-from pyralis.memory.plan import fixed_plan, plan
+from pyralis.memory.plan import TILES, fixed_plan, largest, plan
 from pyralis.memory.predict import CHUNKS, Option, Predictor, Settings
 from pyralis.models.policy import POLICIES, SavePolicy
 from tests.memory.shapes import shape_of
@@ -87,6 +90,63 @@ def test_layers_at_the_front_recompute() -> None:
     order = [POLICIES.index(policy) for policy in made.policies]
     assert order == sorted(order, reverse=True)
     assert len(Counter(made.policies)) > 1
+
+
+RECORDED = Settings(recorded=True)
+ON_H100 = H100.memory_bytes - CONTEXT - margin(H100.memory_bytes)
+
+
+def longest(name: str, **how: Any) -> int:
+    """Tokens of one row that fit an H100."""
+    return 64 * largest(lambda n: Batch(1, 64 * n), shape_of(name, **how), ON_H100, H100, RECORDED, most=1 << 17)
+
+
+def test_the_longest_context_is_that_of_the_page() -> None:
+    tokens = longest("llama3-8b")
+    assert tokens >= 420_000
+    layer = shape_of("llama3-8b").layers[0]
+    whole = computed_per_token(layer) - 8192 + backward_per_token(layer)
+    tiled = tiled_bytes(layer, tokens, 65_536).backward // tokens
+    for page in ("docs/plan.md", "docs/zh/plan.md"):
+        text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+        assert all(f"{figure:,}" in text for figure in (tokens, longest("llama3-8b", dropout=0.05), tiled, whole))
+    made = plan(shape_of("llama3-8b"), Batch(1, tokens), ON_H100, H100, RECORDED)
+    assert made.fits
+    assert not plan(shape_of("llama3-8b"), Batch(1, tokens + 64), ON_H100, H100, RECORDED).fits
+    assert "layers 0-31: the MLP takes 65,536 tokens at a time" in layer_lines(made)
+
+
+def test_tiles_are_taken_only_where_nothing_fits_without() -> None:
+    shape = shape_of("llama3-8b")
+    for length in (65_536, 262_144, 371_648):
+        assert plan(shape, Batch(1, length), ON_H100, H100, RECORDED).tile is None
+    for length in (380_000, 420_000, 480_000):
+        made = plan(shape, Batch(1, length), ON_H100, H100, RECORDED)
+        assert made.fits
+        assert made.tile in TILES
+        whole = fixed_plan(shape, Batch(1, length), "offload_input", H100, RECORDED, budget=ON_H100)
+        tiled = fixed_plan(shape, Batch(1, length), "offload_input", H100, RECORDED, budget=ON_H100, tile=made.tile)
+        assert tiled.fits > whole.fits
+        assert whole.seconds.total < tiled.seconds.total < 1.01 * whole.seconds.total
+
+
+def test_smaller_tiles_take_less_memory_and_more_time() -> None:
+    shape = shape_of("llama3-8b")
+    made = [
+        fixed_plan(shape, Batch(1, 16_384), "offload_input", H100, EIGHT_BIT, tile=tile) for tile in (None, *TILES[2:])
+    ]
+    assert [each.tile for each in made] == [None, 16_384, 8192, 4096]
+    memory, seconds = [each.memory.allocated for each in made], [each.seconds.total for each in made]
+    assert memory[0] == memory[1] > memory[2] > memory[3]
+    assert seconds[0] == seconds[1] < seconds[2] <= seconds[3]
+
+
+def test_with_dropout_in_the_mlp_there_are_no_tiles() -> None:
+    shape = shape_of("llama3-8b", dropout=0.05)
+    made = plan(shape, Batch(1, 400_000), ON_H100, H100, RECORDED)
+    assert not made.fits
+    assert made.tile is None
+    assert longest("llama3-8b", dropout=0.05) < 380_000
 
 
 def test_recorded_steps_wait_for_no_launches() -> None:

@@ -128,7 +128,7 @@ class Planner:
     def _follow(self, causal: Any, made: Plan) -> None:
         self.plan = made
         for layer, policy, resident in zip(causal.model.layers, made.policies, made.keep_matrices):
-            plan_save_policy(layer, policy)
+            plan_save_policy(layer, policy, made.tile)
             keep_matrices([layer], resident)
         logger.info("%s", summary(made))
 
@@ -166,7 +166,7 @@ def _layers(causal: Any) -> Any:
 
 
 def _choice(plan: Plan) -> tuple[Any, ...]:
-    return plan.policies, plan.keep_matrices, plan.chunk_bytes
+    return plan.policies, plan.keep_matrices, plan.chunk_bytes, plan.tile
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:

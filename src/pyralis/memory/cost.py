@@ -26,6 +26,7 @@ OLD_ATTENTION = 0.5  # of these before compute capability 8.0
 ELEMENTWISE, THIN, DEQUANTISE = 0.95, 0.5, 0.93  # of the copy rate
 # Kernels: of a layer forward and backward, and what a policy adds; outside of the layers.
 KERNELS, KERNELS_OUTSIDE = 50, 120
+KERNELS_TILE = 24  # of a tile of the MLP: forward, again and backward
 KERNELS_AGAIN: dict[SavePolicy, int] = {"keep": 0, "recompute_cheap": 4, "recompute_layer": 18, "offload_input": 22}
 
 
@@ -95,6 +96,14 @@ def again_seconds(layer: LayerShape, policy: SavePolicy, batch: Batch, rates: Gp
     if spec.q_norm is not None:
         moved += 2 * sum(spec.qkv_features[:2]) * e
     return Seconds(elementwise=_passes(moved * batch.tokens, rates))
+
+
+def tiles_seconds(layer: LayerShape, batch: Batch, rates: GpuRates, tile: int) -> Seconds:
+    """What the MLP in tiles adds: rows put in their place, and trained weights' gradients read and written anew."""
+    count = -(-batch.tokens // tile)
+    moved = 4 * batch.tokens * layer.spec.hidden_size * layer.residual_size
+    moved += 8 * (count - 1) * sum(group.weights for group in layer.groups[2:] if group.trains_base)
+    return Seconds(elementwise=_passes(moved + 2 * layer.tile_sums, rates))
 
 
 def matrices_seconds(layer: LayerShape, rates: GpuRates) -> float:

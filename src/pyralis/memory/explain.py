@@ -9,7 +9,7 @@ from typing import TypeVar
 from pyralis.memory.footprint import CONTEXT
 from pyralis.memory.gpus import GIB
 from pyralis.memory.plan import Plan
-from pyralis.models.policy import SavePolicy
+from pyralis.models.policy import RECOMPUTING, SavePolicy
 
 Value = TypeVar("Value")
 WORDS: dict[SavePolicy, str] = {
@@ -30,6 +30,9 @@ def layer_lines(plan: Plan) -> list[str]:
     kept = [span for span, kept in _runs(plan.keep_matrices) if kept]
     if kept:
         lines.append(f"{', '.join(kept)}: dequantised matrices are kept between uses")
+    if plan.tile is not None:
+        again = [span for span, tiled in _runs(policy in RECOMPUTING for policy in plan.policies) if tiled]
+        lines.append(f"{', '.join(again)}: the MLP takes {plan.tile:,} tokens at a time")
     if plan.chunk_bytes is not None:
         lines.append(f"the head makes {plan.chunk_bytes >> 20} MiB of logits at a time, in place of 512")
     return lines

@@ -85,14 +85,54 @@ def backward_per_token(layer: LayerShape) -> int:
     """The most that a layer's backward holds beside what was kept: in the MLP dy, a copy of it with room for LoRA and
     the gradient of act(gate) * up; or in attention dy, the heads' gradients, those of q, k and v twice, and the
     float32 sums that kernels keep of dq."""
+    _, _, gate_up, down = layer.groups
+    residual = layer.spec.hidden_size * layer.residual_size
+    given_back = layer.element_size * (gate_up.rows + down.group.width)
+    return residual + max(_mlp_backward(layer), _attention_backward(layer) - given_back, 0)
+
+
+def _mlp_backward(layer: LayerShape) -> int:
+    """Without dy."""
+    spec, e, down = layer.spec, layer.element_size, layer.groups[3]
+    norm = spec.hidden_size * e if spec.post_mlp_norm is not None else 0
+    return (e * down.rows if down.wide else 0) + e * spec.intermediate_size + norm
+
+
+def _attention_backward(layer: LayerShape) -> int:
+    """Without dy."""
     spec, e = layer.spec, layer.element_size
-    hidden, residual = spec.hidden_size * e, spec.hidden_size * layer.residual_size
-    qkv, _, gate_up, down = layer.groups
-    mlp = residual + (e * down.rows if down.wide else 0) + e * spec.intermediate_size
-    mlp += hidden if spec.post_mlp_norm is not None else 0
-    attention = residual + e * (2 * spec.query_features + sum(spec.qkv_features) + qkv.rows) + 4 * spec.query_features
-    attention -= e * (gate_up.rows + down.group.width)  # already given back
-    return max(mlp, attention, residual)
+    return e * (2 * spec.query_features + sum(spec.qkv_features) + layer.groups[0].rows) + 4 * spec.query_features
+
+
+@dataclass(frozen=True, slots=True)
+class TiledBytes:
+    """The most that a recomputing layer's forward, and its backward, hold while its MLP runs in tiles: input, output
+    and what was kept included."""
+
+    forward: int
+    backward: int
+
+
+def tiled_bytes(layer: LayerShape, tokens: int, tile: int) -> TiledBytes:
+    """tile: tokens of a tile, fewer than `tokens`. See `models/block_tiles.py`: of attention all is there in the
+    backward; in the forward it is given back before the MLP starts. The gradient of the residual stream takes the
+    memory of attention's output where dtypes allow."""
+    spec, e = layer.spec, layer.element_size
+    residual, hidden = spec.hidden_size * layer.residual_size, spec.hidden_size * e
+    _, _, gate_up, down = layer.groups
+    kept = kept_per_token(layer, "offload_input")
+    mlp = _statistics(spec.pre_mlp_norm.kind) + e * (gate_up.group.width + gate_up.rows + down.group.width)
+    mlp += e * gate_up.group.out_features if gate_up.trains_magnitude else 0
+    attention = computed_per_token(layer) - mlp - kept - residual
+    wider = layer.residual_size != e and spec.post_attention_norm is None  # the stream than what attention adds
+    branch = hidden if wider else residual
+    attention -= residual - branch
+    mlp += residual if wider else 0
+    forward = max(tokens * attention, tokens * (2 * residual + branch + kept) + tile * (mlp + residual + kept))
+    gradient = residual if wider else 0
+    in_mlp = tokens * (attention + residual + kept + gradient) + tile * (mlp + _mlp_backward(layer)) + layer.tile_sums
+    in_attention = tokens * (attention - (branch if wider else 0) + gradient + residual + kept)
+    return TiledBytes(forward, max(in_mlp, in_attention + tokens * _attention_backward(layer)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@
 fits; then it tries what is left. Each layer's choices first lose those that another beats in both bytes and time (the
 convex hull of the knapsack problem with one choice of each class: Kellerer, Pferschy, Pisinger, Knapsack Problems,
 2004, chapter 11). Layers at the front are the ones that recompute: their backward comes last, when the others' memory
-is free again, so what it holds for a moment costs nothing.
+is free again, so what it holds for a moment costs nothing. The MLP runs in tiles of tokens only where nothing fits
+without.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pyralis.memory.shape import ModelShape
 from pyralis.models.policy import SavePolicy
 
 _SMALLEST = list(CHUNKS)[-1]
+TILES = (65536, 32768, 16384, 8192, 4096)  # tokens that an MLP may take at a time
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Plan:
     Attributes:
         policies, keep_matrices: of each decoder layer, from the first on.
         chunk_bytes: most bytes of logits at a time; None: 512 MiB.
+        tile: tokens that the MLP of layers that recompute takes at a time; None: all.
         batch: what it is for; smaller ones fit as well.
         budget: bytes that it had to fit in.
         fits: False where not even the least memory does: it is then that plan.
@@ -37,6 +40,7 @@ class Plan:
     policies: tuple[SavePolicy, ...]
     keep_matrices: tuple[bool, ...]
     chunk_bytes: int | None
+    tile: int | None
     batch: Batch
     memory: Memory
     seconds: Seconds
@@ -46,24 +50,26 @@ class Plan:
 
 def plan(model: ModelShape, batch: Batch, budget: int, rates: GpuRates, settings: Settings | None = None) -> Plan:
     """The fastest plan whose reserved memory is at most `budget` bytes; the most frugal one where none is."""
-    predictor = Predictor(model, batch, rates, Settings() if settings is None else settings)
-    found = [
-        (predictor.seconds(options, chunk).total, options, chunk)
-        for chunk in CHUNKS
-        if (options := _fill(predictor, budget, chunk)) is not None
-    ]
-    if found:
-        _, options, chunk = min(found, key=lambda each: each[0])
-        return _made(predictor, options, chunk, budget)
-    return _made(predictor, _least(model), _SMALLEST, budget)
+    settings = Settings() if settings is None else settings
+    for tiles in ([None], _tiles(model, batch)):
+        found = [
+            (predictor.seconds(options, chunk).total, predictor, options, chunk)
+            for predictor in (Predictor(model, batch, rates, settings, tile) for tile in tiles)
+            for chunk in CHUNKS
+            if (options := _fill(predictor, budget, chunk)) is not None
+        ]
+        if found:
+            _, predictor, options, chunk = min(found, key=lambda each: each[0])
+            return _made(predictor, options, chunk, budget)
+    return _made(_frugal(model, batch, rates, settings), _least(model), _SMALLEST, budget)
 
 
 def fixed_plan(
     model: ModelShape, batch: Batch, policy: SavePolicy, rates: GpuRates, settings: Settings | None = None,
-    *, budget: int = 0, resident: bool = False,
+    *, budget: int = 0, resident: bool = False, tile: int | None = None,
 ) -> Plan:  # fmt: skip
     """The same policy in every layer, and what it comes to."""
-    predictor = Predictor(model, batch, rates, Settings() if settings is None else settings)
+    predictor = Predictor(model, batch, rates, Settings() if settings is None else settings, tile)
     options = tuple(Option(policy, resident and layer.made) for layer in model.layers)
     return _made(predictor, options, None, budget)
 
@@ -72,10 +78,24 @@ def _least(model: ModelShape) -> tuple[Option, ...]:
     return tuple(Option("offload_input") for _ in model.layers)
 
 
+def _tiles(model: ModelShape, batch: Batch) -> list[int | None]:
+    """Those that cut the batch; none where no layer's MLP runs in tiles."""
+    possible = any(layer.runs_in_tiles for layer in model.layers)
+    return [tile for tile in TILES if possible and tile < batch.tokens]
+
+
+def _frugal(model: ModelShape, batch: Batch, rates: GpuRates, settings: Settings) -> Predictor:
+    """The one that needs the least with the most frugal options: with tiles there may be sums of gradients."""
+    tiles = [None, *_tiles(model, batch)[-1:]]
+    found = [Predictor(model, batch, rates, settings, tile) for tile in tiles]
+    return min(found, key=lambda predictor: predictor.memory(_least(model), _SMALLEST).reserved)
+
+
 def _made(predictor: Predictor, options: tuple[Option, ...], chunk: int | None, budget: int) -> Plan:
     memory = predictor.memory(options, chunk)
     return Plan(
-        tuple(o.policy for o in options), tuple(o.resident for o in options), chunk, predictor.batch, memory,
+        tuple(o.policy for o in options), tuple(o.resident for o in options), chunk, predictor.tile, predictor.batch,
+        memory,
         predictor.seconds(options, chunk), budget, memory.reserved <= budget,
     )  # fmt: skip
 
@@ -139,7 +159,7 @@ def largest(
     """The largest n up to `most` for which the batch `make(n)` fits with the most frugal plan; 0 if 1 does not."""
 
     def fits(n: int) -> bool:
-        predictor = Predictor(model, make(n), rates, settings)
+        predictor = _frugal(model, make(n), rates, settings)
         return predictor.memory(_least(model), _SMALLEST).reserved <= budget
 
     low, high = 0, 1

@@ -12,18 +12,20 @@ from pyralis.memory.cost import (
     KERNELS,
     KERNELS_AGAIN,
     KERNELS_OUTSIDE,
+    KERNELS_TILE,
     Batch,
     Seconds,
     again_seconds,
     layer_seconds,
     matrices_seconds,
     outside_seconds,
+    tiles_seconds,
     transfer_seconds,
 )
-from pyralis.memory.footprint import HeadBytes, Standing, head_bytes, standing_bytes
+from pyralis.memory.footprint import HeadBytes, Standing, TiledBytes, head_bytes, standing_bytes
 from pyralis.memory.gpus import GpuRates
 from pyralis.memory.shape import LayerShape, ModelShape
-from pyralis.models.policy import SavePolicy
+from pyralis.models.policy import RECOMPUTING, SavePolicy
 
 MIB = 2**20
 # What a chunk of logits costs the head beside one of 512 MiB: Llama-3-8B, 4096 tokens, one H100 (docs/performance.md).
@@ -76,7 +78,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of one layer, for a batch: bytes kept by option, and seconds."""
+    """Of one layer, for a batch: bytes kept by option, and seconds. tiled: where its MLP runs in tiles."""
 
     kept: dict[SavePolicy, int]
     computed: int
@@ -84,16 +86,20 @@ class Work:
     backward: int
     moved: int  # bytes of its input
     seconds: dict[Option, Seconds]
+    tiled: TiledBytes | None
 
 
-def layer_work(layer: LayerShape, batch: Batch, rates: GpuRates) -> Work:
+def layer_work(layer: LayerShape, batch: Batch, rates: GpuRates, tile: int | None = None) -> Work:
     T = batch.tokens
+    tile = tile if tile is not None and tile < T and layer.runs_in_tiles else None
     forward, backward = layer_seconds(layer, batch, rates)
     make, transfer = matrices_seconds(layer, rates), transfer_seconds(layer, batch, rates)
     seconds = {}
     for policy in KERNELS_AGAIN:
         again = again_seconds(layer, policy, batch, rates)
         whole = forward + backward + again
+        if tile is not None and policy in RECOMPUTING:
+            whole += tiles_seconds(layer, batch, rates, tile)
         if policy == "offload_input":  # beside the computing, as long as that takes longer
             late = max(0.0, transfer - forward.total) + max(0.0, transfer - (backward + again).total)
             whole = replace(whole, transfers=late + 0.02 * transfer)
@@ -103,15 +109,23 @@ def layer_work(layer: LayerShape, batch: Batch, rates: GpuRates) -> Work:
     return Work(
         {policy: footprint.kept_per_token(layer, policy) * T for policy in KERNELS_AGAIN},
         footprint.computed_per_token(layer) * T, output, footprint.backward_per_token(layer) * T, output, seconds,
+        None if tile is None else footprint.tiled_bytes(layer, T, tile),
     )  # fmt: skip
 
 
 class Predictor:
-    """Predictions for one model, batch and GPU; layers that are one object in a shape are worked out once."""
+    """Predictions for one model, batch and GPU; layers that are one object in a shape are worked out once.
 
-    def __init__(self, model: ModelShape, batch: Batch, rates: GpuRates, settings: Settings) -> None:
-        self.model, self.batch, self.rates, self.settings = model, batch, rates, settings
-        works = {id(shape): layer_work(shape, batch, rates) for shape in {id(s): s for s in model.layers}.values()}
+    tile: tokens that the MLP of layers takes at a time that recompute; None: all.
+    """
+
+    def __init__(
+        self, model: ModelShape, batch: Batch, rates: GpuRates, settings: Settings, tile: int | None = None
+    ) -> None:
+        self.model, self.batch, self.rates, self.settings, self.tile = model, batch, rates, settings, tile
+        works = {
+            id(shape): layer_work(shape, batch, rates, tile) for shape in {id(s): s for s in model.layers}.values()
+        }
         self.works = [works[id(shape)] for shape in model.layers]
         self.outside = outside_seconds(model, batch, rates, settings.accumulation)
         self._head = lru_cache(lambda chunk: head_bytes(model, batch.tokens, batch.learnt, chunk))
@@ -125,10 +139,12 @@ class Predictor:
         moving = [IN_FLIGHT * w.moved if o.policy == "offload_input" else 0 for w, o in zip(self.works, options)]
         moments = [(before[-1], max(head.forward, head.backward))]
         for index, (work, option) in enumerate(zip(self.works, options)):
-            again = option.policy in ("recompute_layer", "offload_input")
-            moments.append((before[index], work.computed + moving[index]))
+            again = option.policy in RECOMPUTING
             held = work.computed - work.output if again else kept[index]
-            moments.append((before[index], held + work.backward + moving[index]))
+            peaks = work.computed, held + work.backward
+            if again and work.tiled is not None:
+                peaks = work.tiled.forward, work.tiled.backward
+            moments += [(before[index], peak + moving[index]) for peak in peaks]
         activations, working = max(moments, key=sum)
         host = sum(w.moved for w, o in zip(self.works, options) if o.policy == "offload_input")
         return Memory(standing, activations, working, host)
@@ -146,4 +162,7 @@ class Predictor:
         kernels = KERNELS_OUTSIDE + sum(
             KERNELS + KERNELS_AGAIN[o.policy] - (2 if o.resident else 0) for o in options
         )  # fmt: skip
+        if self.tile is not None:
+            tiled = sum(w.tiled is not None and o.policy in RECOMPUTING for w, o in zip(self.works, options))
+            kernels += tiled * KERNELS_TILE * (-(-self.batch.tokens // self.tile) - 1)
         return kernels * self.rates.launch_seconds

@@ -16,6 +16,7 @@ from torch import nn
 from pyralis.errors import ModelError
 from pyralis.models.adapters import LinearState, compute_dtype, read_linear
 from pyralis.models.detect import Reason
+from pyralis.models.gradient_sums import is_narrow
 from pyralis.models.group_state import LayoutOptions, group_layout
 from pyralis.models.host_embedding import embedding_on_host
 from pyralis.models.layer_state import look_again
@@ -82,6 +83,7 @@ class LayerShape:
 
     element_size: bytes of what products are made in; residual_size: of the residual stream. stored: bytes of all its
     parameters but adapters'. made: whether matrices are dequantised or cast for each use; four_bit: dequantised.
+    tile_sums: bytes of the float32 sums of narrower gradients where the MLP runs in tiles.
     """
 
     spec: LayerSpec
@@ -91,6 +93,12 @@ class LayerShape:
     stored: int
     made: bool
     four_bit: bool
+    tile_sums: int = 0
+
+    @property
+    def runs_in_tiles(self) -> bool:
+        """Whether the MLP can run in tiles of tokens."""
+        return not any(group.group.has_dropout for group in self.groups[2:])
 
     @cached_property
     def weights(self) -> int:
@@ -199,7 +207,17 @@ def _layer(
     rest = [p for name, p in layer.named_parameters() if "lora_" not in name and id(p) not in weights]
     stored = sum(_stored(linear, assumed) for linear in linears.values())
     stored += sum(p.numel() * (p.element_size() if assumed is None else assumed.dtype.itemsize) for p in rest)
-    return LayerShape(spec, (qkv, attention_out, gate_up, down), dtype.itemsize, residual, stored, made, four_bit)
+    return LayerShape(
+        spec, (qkv, attention_out, gate_up, down), dtype.itemsize, residual, stored, made, four_bit,
+        _tile_sums(layer, spec),
+    )  # fmt: skip
+
+
+def _tile_sums(layer: nn.Module, spec: LayerSpec) -> int:
+    paths = [p.path for p in (*spec.gate_up, spec.down)]
+    paths += [norm.path for norm in (spec.pre_mlp_norm, spec.post_mlp_norm) if norm is not None]
+    trained = [p for path in paths for p in layer.get_submodule(path).parameters() if p.requires_grad]
+    return sum(4 * p.numel() for p in trained if is_narrow(p))
 
 
 def _stored(linear: LinearState, assumed: Assumed | None) -> int:

@@ -105,7 +105,7 @@ def plan_run(
         config, rates, made, rows, length,
         largest(lambda n: Batch(pair * n, length), *bounds, most=max(MOST_TOKENS // length, 1)),
         64 * largest(lambda n: Batch(pair, 64 * n), *bounds, most=MOST_TOKENS // 64),
-        seconds, data, tuple(_notes(config, rates)),
+        seconds, data, tuple(_notes(config, rates, model)),
     )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def _data_size(config: TrainConfig) -> DataSize | None:
     return DataSize(int(sum(sizes) / BYTES_PER_TOKEN), False) if len(sizes) == len(files) and sizes else None
 
 
-def _notes(config: TrainConfig, rates: GpuRates) -> list[str]:
+def _notes(config: TrainConfig, rates: GpuRates, model: ModelShape) -> list[str]:
     notes = []
     if not rates.measured:
         notes.append(
@@ -210,6 +210,10 @@ def _notes(config: TrainConfig, rates: GpuRates) -> list[str]:
         notes.append(f"gradient_checkpointing is {word} in the config: this is what auto would do")
     if shard := "deepspeed" if config.deepspeed else "fsdp" if config.fsdp else None:
         notes.append(f"{shard}: the plan is for one GPU that holds the whole model")
+    if not any(layer.runs_in_tiles for layer in model.layers):
+        notes.append(
+            "lora_dropout keeps MLPs from running in tiles of tokens: without it the longest context is longer"
+        )
     if config.task_type == "dpo":
         notes.append("pairs are counted as two whole rows, and the reference's forward as 30 % of a step")
     return notes
