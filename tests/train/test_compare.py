@@ -79,6 +79,11 @@ def test_versions_and_data_that_differ_come_last(make_run: MakeRun) -> None:
     assert [run.status for run in runs] == ["finished", "unfinished"]
 
 
+def test_a_run_that_a_nan_stopped_says_so(make_run: MakeRun) -> None:
+    (run,) = read_runs([make_run("a", status="stopped")])
+    assert figure("status", run) == "stopped"
+
+
 def test_the_best_of_each_figure(make_run: MakeRun, make_step: Callable[..., StepMetrics]) -> None:
     rows = {name: [make_step(1, first), make_step(2, last)] for name, first, last in (("a", 1, 2), ("b", 3, 1.5))}
     rows["c"] = [make_step(1, 2.0), make_step(2, math.nan)]

@@ -69,7 +69,7 @@ class Difference:
 
 
 _EXPECTED = "the output_dir of a `pyralis train`"
-_STATUS_CHINESE = {"finished": "完成", "interrupted": "已中断", "unfinished": "未完成"}
+_STATUS_CHINESE = {"finished": "完成", "interrupted": "已中断", "stopped": "因异常停止", "unfinished": "未完成"}
 
 
 def _memory(run: Run) -> float | None:
