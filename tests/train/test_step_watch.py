@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pyralis.errors import NotFiniteError
 from pyralis.train.checkpoint import list_checkpoints, run_status
 from pyralis.train.metric_rows import RunEvent, StepMetrics
 from pyralis.train.metrics import read_metrics
 from pyralis.train.nan_record import read_step
-from tests.tiny import make_tiny_model
-from tests.train.runs import WORDS, run
-
-BAD = "Z"  # a letter that no good row has: the embedding of it is infinite in `poisoned`
-
-
-def poison(folder: Path, name: str, row: int) -> None:
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    tensors[name][row, 0] = float("inf")
-    save_file(tensors, path, metadata={"format": "pt"})
+from pyralis.train.step_watch import StepWatch
+from pyralis.train.trainer import PyralisTrainer
+from pyralis.train.watched_trainer import WatchedTrainer
+from tests.train.poison import BAD, make_poisoned_model, make_rows
+from tests.train.runs import run
 
 
 @pytest.fixture
 def poisoned(tmp_path: Path) -> Path:
-    from transformers import AutoTokenizer
-
-    folder = make_tiny_model(tmp_path / "poisoned", tie_word_embeddings=False)
-    (token,) = AutoTokenizer.from_pretrained(folder)(BAD, add_special_tokens=False)["input_ids"]
-    poison(folder, "model.embed_tokens.weight", token)
-    return folder
+    return make_poisoned_model(tmp_path / "poisoned")
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Callable[[int], Path]:
     """`rows(n)`: a file of 8 conversations; the first n have the bad letter."""
-
-    def make(bad: int) -> Path:
-        path = tmp_path / f"rows-{bad}.jsonl"
-        answers = [f"{BAD}{i}" if i < bad else WORDS[i % len(WORDS)] for i in range(8)]
-        turns = [[{"human": f"Say {i}", "assistant": answer}] for i, answer in enumerate(answers)]
-        path.write_text("\n".join(json.dumps({"conversation": turn}) for turn in turns))
-        return path
-
-    return make
+    return partial(make_rows, tmp_path)
 
 
 def events(output: Path, *names: str) -> list[RunEvent]:
@@ -147,6 +129,103 @@ def test_a_run_goes_on_from_the_checkpoint_before(poisoned: Path, rows: Callable
     assert result.summary.skipped
     run(poisoned, rows(0), output, **settings, overwrite_output_dir=True)
     assert not list(output.glob("nan-step-*"))
+
+
+def test_the_first_step_may_be_left_out(poisoned: Path, rows: Callable[[int], Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    settings = {"max_steps": 4, "logging_steps": 1, "train_sampling_strategy": "sequential"}
+    result = run(poisoned, rows(1), output, on_nan="skip", **settings)
+    assert [event.step for event in result.summary.skipped] == [1]
+    assert not events(output, "nan")
+    assert "The loss" in result.summary.verdict.english
+    assert "not usable" not in result.summary.verdict.english
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: flags are read a step late."""
+    monkeypatch.setattr(StepWatch, "_reads_late", staticmethod(lambda flag: True))
+
+
+LATE: dict[str, dict[str, Any]] = {
+    "flat": {"dtype": "bfloat16", "bf16": True, "learning_rate": 1e-3},
+    "fused": {"learning_rate": 1e-3},
+}
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's fused AdamW in place of the plain one, which a CPU gets otherwise."""
+    plain = PyralisTrainer.create_optimizer
+
+    def create(self: PyralisTrainer, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = plain(self, model)
+        if type(optimizer) is torch.optim.AdamW:
+            groups = [{"params": group["params"]} for group in optimizer.param_groups]
+            self.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+        assert self.optimizer is not None
+        return self.optimizer
+
+    monkeypatch.setattr(PyralisTrainer, "create_optimizer", create)
+
+
+@pytest.mark.usefixtures("late", "fused")
+@pytest.mark.parametrize("way", LATE)
+def test_read_late_the_weights_are_safe(
+    poisoned: Path, rows: Callable[[int], Path], tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step after the bad one has been launched when that is found out; both leave the weights as they were."""
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def keep(self: PyralisTrainer, step: Any, in_a_row: str = "") -> str:
+        model: Any = self.model
+        kept.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        assert self.state.global_step == step.number  # the one behind it is being taken
+        return WatchedTrainer.save_bad_step(self, step, in_a_row)
+
+    monkeypatch.setattr(PyralisTrainer, "save_bad_step", keep)
+    settings = {"train_mode": "full", "train_sampling_strategy": "sequential", "save_strategy": "no", **LATE[way]}
+    path = rows(3)  # rows 0, 1 and 2
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[3:] + lines[:3]))  # the bad ones last: steps 3 and 4
+    with pytest.raises(NotFiniteError, match="step 3: the loss is nan"):
+        run(poisoned, path, tmp_path / "out", max_steps=4, logging_steps=100, **settings)
+    run(poisoned, path, tmp_path / "short", max_steps=2, **settings)
+    short = load_file(tmp_path / "short" / "model.safetensors")
+    assert all(torch.equal(kept[0][name], short[name].to(kept[0][name].dtype)) for name in short)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("way", LATE)
+def test_read_late_the_same_steps_are_left_out(
+    poisoned: Path, rows: Callable[[int], Path], tmp_path: Path, way: str, request: pytest.FixtureRequest
+) -> None:
+    settings = {"train_mode": "full", "max_steps": 4, "save_strategy": "no", "on_nan": "skip", **LATE[way]}
+    run(poisoned, rows(1), tmp_path / "at once", **settings)
+    request.getfixturevalue("late")
+    run(poisoned, rows(1), tmp_path / "late", **settings)
+    assert events(tmp_path / "at once", "skipped")
+    (skipped,), (late,) = (events(tmp_path / name, "skipped") for name in ("at once", "late"))
+    assert (skipped.step, skipped.message) == (late.step, late.message)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("at once", "late"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.usefixtures("late")
+def test_a_checkpoint_waits_for_the_flag(poisoned: Path, rows: Callable[[int], Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(NotFiniteError):
+        run(poisoned, rows(1), output, max_steps=4, save_strategy="steps", save_steps=1, logging_steps=100)
+    (folder,) = output.glob("nan-step-*")
+    assert [step for step, _ in list_checkpoints(output)] == list(range(1, read_step(folder)[0].step))
+
+
+@pytest.mark.parametrize(("scale", "counts"), [(65536.0, False), (1.0, False), (0.5, True), (None, True)])
+def test_overflow_under_a_loss_scale_is_no_nan(scale: float | None, counts: bool) -> None:
+    scaler = None if scale is None else SimpleNamespace(_scale=torch.tensor(scale))
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler), optimizer=None)
+    watch = StepWatch(trainer, "stop", lambda *_: None)
+    assert bool(watch._counts(torch.tensor(True))) is counts
 
 
 def test_weights_and_curve_do_not_change_by_watching(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:

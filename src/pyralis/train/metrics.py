@@ -116,7 +116,7 @@ class MetricsCallback(TrainerCallback):
             **rewards_of(logs),
         )
         self._record(self.latest)
-        if not math.isfinite(self.latest.loss) and not self._seen("nan"):
+        if not math.isfinite(self.latest.loss) and not self._seen("nan") and not self._seen("skipped"):
             self._event("nan", state.global_step, f"the loss is {self.latest.loss}")
         self._window_begin, self._window_counts, self._window_step = self._mark, totals, state.global_step
         self._aside = 0.0

@@ -133,12 +133,12 @@ class StepWatch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self._loss is not None
-        bad = ~self._loss.isfinite()
-        if (norm := _local(self.norm)) is not None:
+        bad, optimizer = ~self._loss.isfinite(), self._optimizer
+        norm = None if isinstance(optimizer, FlatAdamW) else _local(self.norm)  # which knows it in its step only
+        if norm is not None:
             bad = bad | self._counts(~torch.as_tensor(norm, device=bad.device).isfinite())
         self._bad = bad = self._reduced(bad.float(), torch.distributed.ReduceOp.MAX)
-        optimizer = self._optimizer
-        if not bad.is_cuda or (self.on_nan == "skip" and not self._heeds_flag):
+        if not self._reads_late(bad) or (self.on_nan == "skip" and not self._heeds_flag):
             if bool(bad):  # the step has not been taken
                 if self.on_nan == "stop":
                     self._stop(self._present(state.global_step + 1))
@@ -164,7 +164,7 @@ class StepWatch(TrainerCallback):
         self._since_log.append((step.number, step.loss))
         self._held.append(step)
         self._forget_step()
-        while len(self._unread) > int(flag.is_cuda):
+        while len(self._unread) > int(self._reads_late(flag)):
             self._read(self._unread.popleft())
 
     # ---- a step that went wrong ----
@@ -203,6 +203,11 @@ class StepWatch(TrainerCallback):
         return f"; rows: {rows_text(found)}" if found else ""
 
     # ---- what there is to know of the optimizer ----
+
+    @staticmethod
+    def _reads_late(flag: Tensor) -> bool:
+        """Whether reading a flag at once would wait for the device."""
+        return flag.is_cuda
 
     @property
     def _optimizer(self) -> Any:

@@ -84,11 +84,17 @@ def summarise(metrics: Sequence[Metric]) -> RunSummary:
         peak_host_memory_gib=max(
             (m.peak_host_memory_gib for m in steps if m.peak_host_memory_gib is not None), default=None
         ),
-        verdict=_verdict(steps, evals, events, best),
+        verdict=_verdict([m for m in steps if not _left_out(m, events)], evals, events, best),
         rewards=_rewards(evals) or _rewards(steps),
         skipped=[m for m in events if m.event == "skipped"],
         spikes=[m for m in events if m.event == "spike"],
     )
+
+
+def _left_out(row: StepMetrics, events: Sequence[RunEvent]) -> bool:
+    """Whether a loss is not finite because a step of its window was left out."""
+    first = row.step - row.window_steps
+    return not math.isfinite(row.loss) and any(e.event == "skipped" and first < e.step <= row.step for e in events)
 
 
 def _rewards(rows: Sequence[StepMetrics] | Sequence[EvalMetrics]) -> Rewards | None:

@@ -50,7 +50,10 @@ class WatchedTrainer(Trainer):
                 self.watch.before_log()
             if control.should_evaluate or control.should_save or control.should_training_stop:
                 self.watch.settle()
+        logs = control.should_log
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if logs and self.watch is not None:
+            self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN in it for good
 
     # ---- a step that went wrong ----
 
