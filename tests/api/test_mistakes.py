@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from pyralis import FastLanguageModel, SFTConfig, SFTTrainer, merge_adapter
 from pyralis.errors import DataError, ModelError
+from pyralis.models.surgery import report
 from tests.api.models import load, with_adapter
 from tests.tiny import make_tiny_model
 
@@ -32,6 +33,18 @@ def test_loading(arguments: dict[str, Any], message: str) -> None:
 def test_modes_of_what_is_no_model(call: Any) -> None:
     with pytest.raises(ModelError, match=r"expected a model, such as .* returns, not None"):
         call(None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"use_gradient_checkpointing": "often"}, {"bias": "some"}, {"init_lora_weights": "nonsense"}]
+)
+def test_a_call_that_failed_can_be_made_again(llama: Path, wrong: dict[str, Any]) -> None:
+    model, _ = load(llama, load_in_4bit=False)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ModelError, match=next(iter(wrong))):
+        FastLanguageModel.get_peft_model(model, r=4, **wrong)
+    assert [name for name, _ in model.named_modules()] == names
+    assert report(FastLanguageModel.get_peft_model(model, r=4)).fast_layers == 2
 
 
 def test_the_base_is_not_replaced_by_what_stands_on_it(llama: Path, tmp_path: Path) -> None:

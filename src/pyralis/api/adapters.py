@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel
 
-from pyralis.api.modes import offload_embedding, set_checkpointing
+from pyralis.api.modes import check_choice, offload_embedding, set_checkpointing
 from pyralis.api.notice import notice
 from pyralis.api.origin import Checkpointing, base_of, origin_of
 from pyralis.api.saving import bind_methods
@@ -52,6 +52,7 @@ def attach(
     more: Mapping[str, Any],
 ) -> Any:
     """See `FastLanguageModel.get_peft_model`."""
+    check_choice(checkpointing)  # before the model is changed
     if origin_of(model).mode == "full":
         notice("get_peft_model has no effect: the model was loaded with full_finetuning, which trains all weights")
         set_checkpointing(model, checkpointing)

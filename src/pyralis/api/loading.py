@@ -12,7 +12,7 @@ from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cac
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import PreTrainedTokenizerBase
 
-from pyralis.api.modes import offload_embedding, set_checkpointing
+from pyralis.api.modes import check_choice, offload_embedding, set_checkpointing
 from pyralis.api.notice import notice
 from pyralis.api.origin import Checkpointing, Origin, set_origin
 from pyralis.api.saving import bind_methods
@@ -97,6 +97,7 @@ def load_for_training(request: LoadRequest) -> tuple[Any, PreTrainedTokenizerBas
 
 
 def _check(request: LoadRequest) -> None:
+    check_choice(request.checkpointing)
     if not isinstance(request.name, str | Path):
         raise ModelError(f"model_name is {request.name!r}; expected a folder, a hub name or a demo model's name.")
     if request.max_seq_length is not None and request.max_seq_length < 1:

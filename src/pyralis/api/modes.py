@@ -25,14 +25,19 @@ POLICIES: dict[Checkpointing, SavePolicy | None] = {
 }
 
 
+def check_choice(choice: Any) -> None:
+    """Raise ModelError unless `use_gradient_checkpointing` may be that."""
+    if choice not in tuple(POLICIES):
+        raise ModelError(f'use_gradient_checkpointing is {choice!r}; expected True, False, "unsloth" or "auto".')
+
+
 def set_checkpointing(model: Any, choice: Checkpointing) -> None:
     """Follow `choice` in training from now on, whatever a trainer's own switch says later.
 
     Raises:
         ModelError: none of True, False, "unsloth" and "auto".
     """
-    if choice not in POLICIES:
-        raise ModelError(f'use_gradient_checkpointing is {choice!r}; expected True, False, "unsloth" or "auto".')
+    check_choice(choice)
     base, policy = base_of(model), POLICIES[choice]
     forget_plan(base)
     choose_save_policy(decoder_layers(base), policy)
