@@ -10,13 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from pyralis.memory import plan as memory_plan
 from pyralis.memory.auto import Planner, chunk_of, follow_plan, forget_plan, planner_of
 from pyralis.memory.calibrate import keep_rates, measure_rates, read_rates
 from pyralis.memory.cost import Batch
 from pyralis.memory.plan import fixed_plan
 from pyralis.memory.shape import describe_model
 from pyralis.models.causal_lm import causal_lm_loss
-from pyralis.models.checkpointing import choose_save_policy, save_policy
+from pyralis.models.checkpointing import choose_save_policy, mlp_tile, save_policy
 from pyralis.models.policy import POLICIES
 from pyralis.models.residency import is_resident
 from pyralis.models.surgery import accelerate, decoder_layers
@@ -83,6 +84,36 @@ def test_every_plan_gives_the_same_gradients(family: str) -> None:
         for name, gradient in gradients(model).items():
             assert torch.equal(gradient, expected[name]), (share, name)
     assert len(seen) > 1
+
+
+def test_where_nothing_fits_whole_the_mlp_runs_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "TILES", (32, 24, 8))
+    model = build()
+    planner = follow_plan(model.get_base_model(), Planner(look=pretended(1 << 40)))
+    loss_of(model).backward()
+    assert planner.plan.tile is None
+    expected = gradients(model)
+    shape = describe_model(model.get_base_model(), decoder_layers(model), Gpu((8, 0), 2))
+    whole, tiled = (
+        memory_plan.fixed_plan(shape, Batch(1, 64), "offload_input", RATES, tile=tile).memory.reserved
+        for tile in (None, 8)
+    )
+    assert tiled < whole
+    for budget, failures in (((tiled + whole) // 2, 0), (whole, 3)):  # planned for, and gone down to
+        model.zero_grad()
+        planner = follow_plan(model.get_base_model(), Planner(look=pretended(budget)))
+        loss_of(model).backward()
+        if failures:
+            assert planner.plan.tile is None
+            assert planner.notch_down(model.get_base_model(), failures)
+            model.zero_grad()
+            loss_of(model).backward()
+        assert planner.plan.tile is not None
+        assert [mlp_tile(layer) for layer in decoder_layers(model)] == [planner.plan.tile] * 2
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+    forget_plan(model.get_base_model())
+    assert [mlp_tile(layer) for layer in decoder_layers(model)] == [None] * 2
 
 
 def test_what_is_trained_not_is_not_planned_for() -> None:
