@@ -5,7 +5,7 @@
 - `yaml` that begins with a comment `# NAME.yaml`: is written to that file.
 
 Models are exchanged for `model`, and training is cut to two steps: what a page shows must run, not finish. Lines that
-install something, or that need another machine, are left out (LEFT_OUT).
+install something, or that need another machine or a run gone wrong, are left out (LEFT_OUT).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from pyralis.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LEFT_OUT = re.compile(r"^(make|pip|python3? -m venv|\.|source|nvidia-smi|accelerate|torchrun|deepspeed) ")
+LEFT_OUT = re.compile(
+    r"^(make|pip|python3? -m venv|\.|source|nvidia-smi|accelerate|torchrun|deepspeed|pyralis replay) "
+)
 MODELS = re.compile(r"(?<![\w/-])((unsloth|Qwen|meta-llama|NousResearch|HuggingFaceTB)/[\w.-]+|smollm2-135m-instruct)")
 SHORT = {"max_steps": 2, "gradient_accumulation_steps": 1, "tokenize_num_workers": 1, "sample_max_new_tokens": 4}
 
