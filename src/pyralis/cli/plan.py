@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import RenderableType
 
     from pyralis.train.plan_run import PlannedRun
@@ -69,18 +71,20 @@ def show(planned: PlannedRun) -> list[RenderableType]:
         f", {planned.config.train_mode}, {planned.rows} x {planned.length:,} tokens on {rates.name}: ",
         (f"{gib(total)} of {gib(rates.memory_bytes)}", "bold green" if made.fits else "bold red"),
     )
-    memory = Table(title="Memory at the peak", box=box.SIMPLE, title_justify="left")
-    memory.add_column("what", overflow="fold")
-    memory.add_column("GiB", justify="right")
-    for name, size in memory_rows(made):
-        memory.add_row(name, f"{size / 2**30:.2f}")
-    memory.add_row("all", f"{total / 2**30:.2f}", style="bold")
-    time = Table(title="Time of a micro-batch", box=box.SIMPLE, title_justify="left")
-    time.add_column("what", overflow="fold")
-    time.add_column("ms", justify="right")
-    for name, seconds in second_rows(made):
-        time.add_row(name, f"{seconds * 1e3:.1f}")
-    time.add_row("all", f"{made.seconds.total * 1e3:.1f}", style="bold")
+
+    def table(title: str, unit: str, rows: Iterable[tuple[str, str]], total: str) -> Table:
+        filled = Table(title=title, box=box.SIMPLE, title_justify="left")
+        filled.add_column("what", overflow="fold")
+        filled.add_column(unit, justify="right")
+        for row in rows:
+            filled.add_row(*row)
+        filled.add_row("all", total, style="bold")
+        return filled
+
+    sizes = ((name, f"{size / 2**30:.2f}") for name, size in memory_rows(made))
+    memory = table("Memory at the peak", "GiB", sizes, f"{total / 2**30:.2f}")
+    times = ((name, f"{seconds * 1e3:.1f}") for name, seconds in second_rows(made))
+    time = table("Time of a micro-batch", "ms", times, f"{made.seconds.total * 1e3:.1f}")
     lines = [f"- {line}" for line in layer_lines(made)]
     if not made.fits:
         lines.append("- it does not fit, even so: a smaller batch, a shorter max_seq_length, qlora or a smaller rank")

@@ -205,15 +205,15 @@ def find_start_point(
 
 def _newest_whole(output_dir: Path, checkpoints: Sequence[tuple[int, Path]]) -> tuple[int, Path, list[str]]:
     """(step, folder, a note on each newer one that is damaged); ConfigError if all are."""
-    notes: list[str] = []
+    damaged: list[str] = []
     for step, path in reversed(checkpoints):
         problem = damage(path)
         if problem is None:
+            notes = [f"DAMAGED: {it} is passed over; the run goes on from an earlier checkpoint" for it in damaged]
             return step, path, notes
-        notes.append(f"DAMAGED: {path.name} ({problem}) is passed over; the run goes on from an earlier checkpoint")
-    damaged = "; ".join(note.removeprefix("DAMAGED: ").split(" is passed over")[0] for note in notes)
+        damaged.append(f"{path.name} ({problem})")
     raise ConfigError(
-        f"every checkpoint in {output_dir} is damaged: {damaged}. Put a whole one there, or set "
+        f"every checkpoint in {output_dir} is damaged: {'; '.join(damaged)}. Put a whole one there, or set "
         "overwrite_output_dir: true to start anew."
     )
 

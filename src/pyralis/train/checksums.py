@@ -22,6 +22,8 @@ def write_checksums(folder: Path) -> None:
     """`pyralis_checksums.json`: length and XXH3 of every file that lies in the folder, and those on the disk."""
     found = {}
     for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the contents
         found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": _digest(path)}
     write_text(folder / CHECKSUMS_NAME, json.dumps(found, indent=1) + "\n")
 
@@ -60,7 +62,6 @@ def _files(folder: Path) -> list[Path]:
 def _digest(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # the name must not reach the disk before the contents
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
