@@ -49,6 +49,9 @@ def switch_checkpointing(model: Any, on: bool) -> None:
     switch({"use_reentrant": False}) if on else switch()
 
 
+# What a model's forward calls its KV cache: transformers 5.24 renamed `past_key_values`, and warns about the old name.
+CACHE_ARGUMENTS = ("past_key_values", "cache")
+
 LAUNCHER_BEGINS = ("gridX", "gridY", "gridZ", "stream", "function")
 LAUNCHER_GOES_ON = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
 

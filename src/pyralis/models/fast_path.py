@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyralis.compat import CACHE_ARGUMENTS
 from pyralis.models.block_protocol import Block
 from pyralis.models.checkpointing import mlp_tile, save_policy
 from pyralis.models.detect import Reason
@@ -39,7 +40,7 @@ LAYOUT = "pyralis_layout"  # an argument of the decoder: its AttentionLayout, fr
 # Arguments of a decoder besides `READ` that mean nothing to a layer, or that are looked at here.
 UNDERSTOOD = frozenset(
     {
-        *READ, "input_ids", "inputs_embeds", "past_key_values", "use_cache", "cache_position", "output_attentions",
+        *READ, *CACHE_ARGUMENTS, "input_ids", "inputs_embeds", "use_cache", "cache_position", "output_attentions",
         "output_hidden_states", "return_dict", "num_items_in_batch", "seq_idx",
     }
 )  # fmt: skip
@@ -109,7 +110,9 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     state.reason = call if isinstance(call, Reason) else None
     if isinstance(call, Reason) or not call.handles:
         return stock.forward(self, **arguments)
-    arguments |= {"use_cache": False, "past_key_values": None}
+    arguments["use_cache"] = False
+    for name in CACHE_ARGUMENTS:  # None, or there were no call
+        arguments.pop(name, None)
     if len(call.handles) < len(self.layers):
         return stock.forward(self, **arguments, **{CALL: call})
     # Nobody reads the mask. Stock takes a 4-D one as it is instead of making one.
@@ -154,7 +157,7 @@ def _plan(
         return Reason("a replica of nn.DataParallel, whose parameters are copies; launch with torchrun instead")
     if _wanted(backbone, arguments, "output_attentions"):
         return Reason("attention maps are asked for, which the fast path never has")
-    if arguments.get("past_key_values") is not None or _caches(backbone, arguments):
+    if any(arguments.get(name) is not None for name in CACHE_ARGUMENTS) or _caches(backbone, arguments):
         return Reason("a KV cache is in use")
     inputs = arguments.get("input_ids")
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs

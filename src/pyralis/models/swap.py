@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyralis.compat import CACHE_ARGUMENTS
+
 STOCK_CLASS = "_pyralis_stock_class"
 FAST_STATE = "_pyralis_state"
 
@@ -68,9 +70,8 @@ def call_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
     if checkpoint is None or not (is_checkpointed(module) and args):
         return stock.forward(module, *args, **kwargs)
-    for name, off in (("use_cache", False), ("past_key_values", None)):  # a cache would be written to twice
-        if name in kwargs:
-            kwargs[name] = off
+    for name in {"use_cache", *CACHE_ARGUMENTS} & set(kwargs):  # a cache would be written to twice
+        kwargs[name] = False if name == "use_cache" else None
     return checkpoint(partial(stock.forward, module, **kwargs), *args)
 
 
