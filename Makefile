@@ -53,7 +53,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 train-args: $(VENV)/.run
-	$(BIN)/python -m pyralis.train.presets train_args
+	$(BIN)/python -m pyralis.train.config.presets train_args
 
 ifeq ($(origin PYTHON),command line)
 test-gpu:

@@ -124,6 +124,7 @@ def test_the_index_lists_every_page() -> None:
 @pytest.mark.parametrize("package", ["data", "lora", "train", "export", "serve", "api", "verify"])
 def test_the_architecture_page_names_every_file(package: str) -> None:
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    named = set(re.findall(rf"\b{package}/(\w+\.py)", page))
-    there = {path.name for path in (ROOT / "src/pyralis" / package).glob("*.py") if path.name != "__init__.py"}
+    named = set(re.findall(rf"\b{package}/([\w/]+\.py)", page))
+    folder = ROOT / "src/pyralis" / package
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if path.name != "__init__.py"}
     assert named == there

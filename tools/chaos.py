@@ -36,7 +36,7 @@ def chaos(
     config: Mapping[str, Any], folder: Path, kills: int, seed: int, say: Callable[[str], None] = print
 ) -> Outcome:
     """`config`: of a run that saves checkpoints; its output_dir is set here."""
-    from pyralis.train.checkpoint import list_checkpoints
+    from pyralis.train.checkpoints.checkpoint import list_checkpoints
 
     generator = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
@@ -93,7 +93,7 @@ def _steps(folder: Path) -> dict[int, tuple[Any, ...]]:
 def _train(config: dict[str, Any], log: str, may_be_finished: bool) -> None:
     from rich.console import Console
 
-    from pyralis.train.checkpoint import run_status
+    from pyralis.train.checkpoints.checkpoint import run_status
     from pyralis.train.run import train
 
     if may_be_finished and run_status(Path(config["output_dir"])) == "finished":
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    from pyralis.train.config import load_config
+    from pyralis.train.config.train_config import load_config
 
     args.out.mkdir(parents=True, exist_ok=True)
     config = load_config(args.config, args.overrides).config.effective()

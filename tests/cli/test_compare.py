@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pyralis.cli.main import build_app
 from pyralis.errors import DataError
-from pyralis.train.metric_rows import StepMetrics, to_json
+from pyralis.train.report.metric_rows import StepMetrics, to_json
 
 
 def made(folder: Path, loss: float) -> str:

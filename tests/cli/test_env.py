@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from pyralis.cli.env import register
-from pyralis.train.environment import describe_environment
+from pyralis.train.report.environment import describe_environment
 
 
 @pytest.fixture

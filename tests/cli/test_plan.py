@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pyralis.cli.main import build_app
 from pyralis.errors import ConfigError, ModelError
 from pyralis.models.published import published_config
-from pyralis.train.config import config_from_dict, load_config
+from pyralis.train.config.train_config import config_from_dict, load_config
 from pyralis.train.plan_run import PlannedRun, plan_run
 from tests.tiny import make_tiny_model
 

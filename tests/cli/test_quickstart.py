@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyralis.train.metrics import StepMetrics, read_metrics
+from pyralis.train.report.metrics import StepMetrics, read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import pytest
 
 import pyralis
 from pyralis import FastLanguageModel
-from pyralis.train.config import TrainConfig, config_from_dict
-from pyralis.train.fields import OwnFields
-from pyralis.train.old_names import OLD_NAMES
-from pyralis.train.schema import default_text, explain
+from pyralis.train.config.fields import OwnFields
+from pyralis.train.config.old_names import OLD_NAMES
+from pyralis.train.config.schema import default_text, explain
+from pyralis.train.config.train_config import TrainConfig, config_from_dict
 from tests.examples.pages import ROOT, PageRun, blocks
 from tests.tiny import make_tiny_model
 

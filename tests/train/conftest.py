@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pyralis.train.metric_rows import EvalMetrics, Metric, RunEvent, StepMetrics
-from pyralis.train.panel import DataLine, StartupInfo
+from pyralis.train.report.metric_rows import EvalMetrics, Metric, RunEvent, StepMetrics
+from pyralis.train.report.panel import DataLine, StartupInfo
 from tests.tiny import make_tiny_model
 from tests.train.runs import WORDS
 

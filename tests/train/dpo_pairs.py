@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from pyralis.train.dpo_trainer import DPOTrainer
+from pyralis.train.preference.dpo_trainer import DPOTrainer
 from tests.tiny import build_tiny_model, make_tiny_tokenizer
 
 LORA = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch.distributed
 import trl
 
 from pyralis.train.sft_trainer import SFTTrainer
@@ -23,6 +24,7 @@ def main() -> None:
             rows = [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry]
             with Path(out).open("a") as file:
                 file.write(json.dumps(rows) + "\n")
+    torch.distributed.destroy_process_group()  # gloo's threads abort a process that ends without it, now and then
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from pyralis.export.merge import merge_adapter
 from pyralis.serve.load import ChatModelSettings, load_chat
-from pyralis.train.metrics import StepMetrics, read_metrics
+from pyralis.train.report.metrics import StepMetrics, read_metrics
 from pyralis.train.trainer import PyralisTrainer
 from tests.tiny import make_tiny_model
 from tests.train.runs import run

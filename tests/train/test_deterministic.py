@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from pyralis.train.deterministic import ENVIRONMENT, deterministic
-from pyralis.train.metric_rows import StepMetrics
-from pyralis.train.metrics import read_metrics
+from pyralis.train.report.metric_rows import StepMetrics
+from pyralis.train.report.metrics import read_metrics
 from tests.train.runs import run
 
 

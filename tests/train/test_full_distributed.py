@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pyralis.train.checkpoint import RUN_NAME, write_json
-from pyralis.train.metrics import StepMetrics, read_metrics
+from pyralis.train.checkpoints.checkpoint import RUN_NAME, write_json
+from pyralis.train.report.metrics import StepMetrics, read_metrics
 from tests.train.runs import run
 
 CONFIG: dict[str, Any] = {

@@ -15,7 +15,7 @@ from pyralis.engine.optimizer import FlatAdamW
 from pyralis.errors import ConfigError
 from pyralis.models.surgery import accelerate, fused_weights, report
 from pyralis.ops.adamw import joined
-from pyralis.train.config import config_from_dict
+from pyralis.train.config.train_config import config_from_dict
 from pyralis.train.fast_loss import FastLossTrainer
 from pyralis.train.full_weights import bf16_update, bytes_per_parameter
 from pyralis.train.lean import LeanTrainer

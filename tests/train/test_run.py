@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyralis.errors import ConfigError, PyralisError
-from pyralis.train.checkpoint import list_checkpoints, run_status
-from pyralis.train.metrics import EvalMetrics, RunEvent, StepMetrics, read_metrics
+from pyralis.train.checkpoints.checkpoint import list_checkpoints, run_status
+from pyralis.train.report.metrics import EvalMetrics, RunEvent, StepMetrics, read_metrics
 from pyralis.train.run import train
 from tests.train.runs import quiet, run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyralis.train.metrics import StepMetrics, read_metrics
+from pyralis.train.report.metrics import StepMetrics, read_metrics
 from tests.train.runs import run
 
 

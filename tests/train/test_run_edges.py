@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from pyralis.errors import ConfigError, ModelError, NotFiniteError
 from pyralis.export.merge import merge_adapter
 from pyralis.lora.record import read_record
-from pyralis.train.config import config_from_dict
-from pyralis.train.metrics import RunEvent, read_metrics
+from pyralis.train.config.train_config import config_from_dict
+from pyralis.train.report.metrics import RunEvent, read_metrics
 from pyralis.train.run import train
 from pyralis.train.setup import training_arguments
 from tests.tiny import make_tiny_model
@@ -92,7 +92,7 @@ def test_no_batch_can_be_filled(tiny_llama: Path, chats: Path, tmp_path: Path) -
 def test_fields_that_cannot_be_followed(
     values: dict, message: str, tiny_llama: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyralis.train.check_files.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("pyralis.train.config.check_files.hub_is_reachable", lambda: False)
     with pytest.raises(ConfigError, match=message):
         run(tiny_llama, chats, tmp_path / "out", **values)
 

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from pyralis.errors import ConfigError
-from pyralis.train.checkpoint import RUN_NAME, write_json
-from pyralis.train.checksums import CHECKSUMS_NAME
-from pyralis.train.lock import only_run_in
+from pyralis.train.checkpoints.checkpoint import RUN_NAME, write_json
+from pyralis.train.checkpoints.checksums import CHECKSUMS_NAME
+from pyralis.train.checkpoints.lock import only_run_in
 from tests.train.runs import run
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from pyralis.errors import ConfigError
-from pyralis.train.checkpoint import RUN_NAME, write_json
-from pyralis.train.config import config_from_dict
+from pyralis.train.checkpoints.checkpoint import RUN_NAME, write_json
+from pyralis.train.config.train_config import config_from_dict
 from pyralis.train.stream_trainer import POSITION_NAME
 from tests.train.runs import run
 

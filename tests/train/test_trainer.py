@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from pyralis.train.checkpoint import list_checkpoints
+from pyralis.train.checkpoints.checkpoint import list_checkpoints
 from pyralis.train.trainer import PyralisTrainer
 
 VOCAB = 31

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pyralis.train.metric_rows import RunEvent
-from pyralis.train.metrics import read_metrics
-from pyralis.train.nan_record import read_step
+from pyralis.train.report.metric_rows import RunEvent
+from pyralis.train.report.metrics import read_metrics
+from pyralis.train.watch.nan_record import read_step
 from tests.train.poison import BAD, make_poisoned_model, make_rows
 
 

@@ -26,7 +26,7 @@ from pyralis.lora.changed_base import refer_to_original_base
 from pyralis.lora.record import write_record
 from pyralis.models.generation import settle
 from pyralis.models.staging import check_disk_space, check_not_base, staged_folder
-from pyralis.train.checkpoint import publish
+from pyralis.train.checkpoints.checkpoint import publish
 
 SaveMethod = Literal["merged_16bit", "merged_4bit_forced", "lora"]
 

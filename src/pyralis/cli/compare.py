@@ -20,10 +20,10 @@ def register(app: typer.Typer) -> None:
 
         from rich.console import Console
 
-        from pyralis.train.compare import differences, read_runs
-        from pyralis.train.compare_page import write_comparison
-        from pyralis.train.compare_table import comparison_tables
-        from pyralis.train.language import words
+        from pyralis.train.report.compare import differences, read_runs
+        from pyralis.train.report.compare_page import write_comparison
+        from pyralis.train.report.compare_table import comparison_tables
+        from pyralis.train.report.language import words
 
         found = read_runs(runs)
         console = Console(highlight=False)

@@ -20,7 +20,7 @@ def schema() -> None:
     """Print the JSON Schema of configs, for editors: save it and name it in "$schema" or your editor's settings."""
     import json
 
-    from pyralis.train.schema import json_schema
+    from pyralis.train.config.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
@@ -31,7 +31,7 @@ def explain(key: Annotated[str, typer.Argument(help="A field, or an old name of 
     from rich.table import Table
     from rich.text import Text
 
-    from pyralis.train.schema import explain as explain_field
+    from pyralis.train.config.schema import explain as explain_field
 
     found = explain_field(key)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -62,7 +62,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
     """Write a config to start from; it passes `pyralis train FILE --check`."""
-    from pyralis.train.init import write_starting_config
+    from pyralis.train.config.init import write_starting_config
 
     path = write_starting_config(model, task, mode, train_file=train_file, out=out, overwrite=force)
     typer.echo(f"Wrote {path}. Check it: pyralis train {path} --check")

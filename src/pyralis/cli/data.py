@@ -58,7 +58,7 @@ def _build(config: str, overrides: list[str]) -> tuple[Console, Any, Any, Any]:
 
     quiet_libraries()
     from pyralis.data.progress import tokenising
-    from pyralis.train.config import load_config
+    from pyralis.train.config.train_config import load_config
     from pyralis.train.setup import prepare_data
 
     # a pipe gets whole lines

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        from pyralis.train.environment import describe_environment, probe_capabilities
+        from pyralis.train.report.environment import describe_environment, probe_capabilities
 
         environment, capabilities = describe_environment(), probe_capabilities()
         if as_json:

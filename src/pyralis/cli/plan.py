@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
         from pyralis.cli.quiet import quiet_libraries
 
         quiet_libraries()
-        from pyralis.train.config import load_config
+        from pyralis.train.config.train_config import load_config
         from pyralis.train.plan_run import plan_run
 
         loaded = load_config(config, overrides or [])

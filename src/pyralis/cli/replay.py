@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
         from pyralis.cli.quiet import quiet_libraries
 
         quiet_libraries()
-        from pyralis.train.replay import replay as run
+        from pyralis.train.watch.replay import replay as run
 
         with Console(stderr=True, highlight=False).status("reading", spinner="line") as status:
             found = run(folder, progress=status.update)

@@ -27,8 +27,8 @@ def register(app: typer.Typer) -> None:
         if check:
             from rich.console import Console
 
-            from pyralis.train.check_report import format_check, json_check
-            from pyralis.train.config import load_config
+            from pyralis.train.config.check_report import format_check, json_check
+            from pyralis.train.config.train_config import load_config
 
             loaded = load_config(config, overrides or ())
             if as_json:
@@ -42,5 +42,14 @@ def register(app: typer.Typer) -> None:
         from pyralis.train.run import train as run
 
         result = run(config, overrides or ())
+        _leave_group()
         if result.status == "interrupted":
             raise typer.Exit(RESUME_ME if result.signal == "SIGTERM" else 130)
+
+
+def _leave_group() -> None:
+    """Leaves the group of processes, if there is one: gloo aborts a process that ends without it, now and then."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

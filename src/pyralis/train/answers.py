@@ -13,8 +13,8 @@ from rich.text import Text
 from pyralis.data.template import ChatTemplate, stop_token_ids
 from pyralis.data.tokenize import encode_prompt
 from pyralis.data.types import Message
-from pyralis.train.language import words
-from pyralis.train.report import SampleAnswer
+from pyralis.train.report.language import words
+from pyralis.train.report.run_report import SampleAnswer
 
 
 @torch.no_grad()

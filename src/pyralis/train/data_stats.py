@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pyralis.data.stats import Batching, BatchStats, batch_stats
-from pyralis.train.config import TrainConfig
+from pyralis.train.config.train_config import TrainConfig
 
 
 def data_stats(rows: Any, config: TrainConfig) -> BatchStats | None:

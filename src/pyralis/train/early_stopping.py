@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pyralis.train.metrics import MetricsCallback
+from pyralis.train.report.metrics import MetricsCallback
 
 
 class EarlyStop(EarlyStoppingCallback):

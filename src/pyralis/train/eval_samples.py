@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pyralis.train.metric_rows import Metric, SampledAnswers
-from pyralis.train.metrics import MetricsCallback
-from pyralis.train.report import SampleAnswer
+from pyralis.train.report.metric_rows import Metric, SampledAnswers
+from pyralis.train.report.metrics import MetricsCallback
+from pyralis.train.report.run_report import SampleAnswer
 
 
 class EvalSamples(TrainerCallback):

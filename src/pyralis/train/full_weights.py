@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyralis.errors import ConfigError
-from pyralis.train.findings import Finding, note, unused
+from pyralis.train.config.findings import Finding, note, unused
 
 if TYPE_CHECKING:
-    from pyralis.train.config import TrainConfig
+    from pyralis.train.config.train_config import TrainConfig
 
 FLAT_OPTIMIZERS = frozenset(
     {

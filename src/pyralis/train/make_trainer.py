@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from pyralis.data.collate import Collator
-from pyralis.train.config import TrainConfig
-from pyralis.train.dpo_run import PreferenceTrainer, dpo_loss
+from pyralis.train.config.train_config import TrainConfig
+from pyralis.train.preference.dpo_run import PreferenceTrainer, dpo_loss
 from pyralis.train.setup import PreparedData, PreparedModel, base_name
 from pyralis.train.stream_trainer import StreamTrainer
 from pyralis.train.trainer import PyralisTrainer

@@ -18,8 +18,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from pyralis.errors import ConfigError
+from pyralis.train.config.suggest import did_you_mean
 from pyralis.train.device_fit import fit_to_device
-from pyralis.train.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from pyralis.models.published import published_config
 from pyralis.models.source import locate_model
 from pyralis.models.surgery import decoder_layers
 from pyralis.ops._triton import Gpu
-from pyralis.train.config import TrainConfig
+from pyralis.train.config.train_config import TrainConfig
 from pyralis.train.full_weights import bf16_update
 from pyralis.train.setup import lora_settings, prepare_data
 

@@ -19,7 +19,7 @@ from pyralis.data.template import ChatTemplate
 from pyralis.errors import ConfigError, ModelError
 from pyralis.models.rope_scaling import context_length
 from pyralis.models.tokenizer import load_tokenizer
-from pyralis.train.config import TrainConfig
+from pyralis.train.config.train_config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pyralis.train.checkpoint import run_status
+from pyralis.train.checkpoints.checkpoint import run_status
 
 MODEL_NAME = "smollm2-135m-instruct"
 IDENTITY_FILE = Path(__file__).parents[1] / "data" / "samples" / "identity.jsonl"

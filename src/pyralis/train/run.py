@@ -21,8 +21,7 @@ from pyralis.data.template import install_template
 from pyralis.errors import ConfigError, NotFiniteError
 from pyralis.models.staging import write_text
 from pyralis.train.answers import answer_questions, answers_table
-from pyralis.train.check_files import check_files
-from pyralis.train.checkpoint import (
+from pyralis.train.checkpoints.checkpoint import (
     CONFIG_NAME,
     RUN_NAME,
     STAGING_PREFIX,
@@ -34,22 +33,26 @@ from pyralis.train.checkpoint import (
     run_record,
     write_json,
 )
-from pyralis.train.config import LoadedConfig, TrainConfig, config_from_dict, load_config
+from pyralis.train.checkpoints.lock import only_run_in
+from pyralis.train.checkpoints.save_errors import save_errors_named
+from pyralis.train.config.check_files import check_files
+from pyralis.train.config.libraries import check_libraries
+from pyralis.train.config.refusals import refusals_named
+from pyralis.train.config.train_config import LoadedConfig, TrainConfig, config_from_dict, load_config
 from pyralis.train.data_stats import data_stats
 from pyralis.train.deterministic import deterministic
-from pyralis.train.dpo_run import PreferenceTrainer
 from pyralis.train.early_stopping import EarlyStop
 from pyralis.train.eval_samples import EvalSamples, sample_answers
 from pyralis.train.interrupt import GracefulStop, StopCallback
-from pyralis.train.libraries import check_libraries
-from pyralis.train.live import LiveLine
-from pyralis.train.lock import only_run_in
 from pyralis.train.make_trainer import make_trainer
-from pyralis.train.metric_rows import METRICS_NAME
-from pyralis.train.metrics import MetricsCallback, MetricsWriter
-from pyralis.train.mfu import mfu_of
-from pyralis.train.model_card import model_card
-from pyralis.train.outcome import (
+from pyralis.train.preference.dpo_run import PreferenceTrainer
+from pyralis.train.prepared_data import check_rows
+from pyralis.train.report.live import LiveLine
+from pyralis.train.report.metric_rows import METRICS_NAME
+from pyralis.train.report.metrics import MetricsCallback, MetricsWriter
+from pyralis.train.report.mfu import mfu_of
+from pyralis.train.report.model_card import model_card
+from pyralis.train.report.outcome import (
     OutcomeFiles,
     describe_start,
     final_info,
@@ -58,13 +61,10 @@ from pyralis.train.outcome import (
     summary_facts,
     write_outcome,
 )
-from pyralis.train.panel import final_panel, startup_panel
-from pyralis.train.prepared_data import check_rows
-from pyralis.train.refusals import refusals_named
-from pyralis.train.report import SampleAnswer
-from pyralis.train.save_errors import save_errors_named
+from pyralis.train.report.panel import final_panel, startup_panel
+from pyralis.train.report.run_report import SampleAnswer
+from pyralis.train.report.summary import RunSummary, summarise
 from pyralis.train.setup import PreparedData, PreparedModel, prepare_data, prepare_model, training_arguments
-from pyralis.train.summary import RunSummary, summarise
 from pyralis.train.trainer import PyralisTrainer, restore_counts
 
 logger = logging.getLogger(__name__)

@@ -23,11 +23,11 @@ from pyralis.models.float16_range import float16_warning
 from pyralis.models.generation import settle_generation
 from pyralis.models.load import LoadedModel, ModelSettings, load_model
 from pyralis.models.surgery import AccelerationReport, accelerate, report
-from pyralis.train.config import TrainConfig
+from pyralis.train.config.refusals import refusals_named
+from pyralis.train.config.train_config import TrainConfig
 from pyralis.train.device_fit import CPU_OPTIMIZERS
 from pyralis.train.full_weights import bf16_update, bytes_per_parameter
 from pyralis.train.prepared_data import PreparedData, check_fits, longest_of, prepare_data
-from pyralis.train.refusals import refusals_named
 
 __all__ = ["PreparedData", "PreparedModel", "prepare_data", "prepare_model", "training_arguments"]
 

@@ -11,7 +11,7 @@ import torch
 
 from pyralis.data.stream import DocumentStream, Position
 from pyralis.errors import ConfigError
-from pyralis.train.checkpoint import write_json
+from pyralis.train.checkpoints.checkpoint import write_json
 from pyralis.train.trainer import PyralisTrainer
 
 POSITION_NAME = "pyralis_stream.json"

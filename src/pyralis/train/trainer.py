@@ -19,16 +19,16 @@ from pyralis.data.collate import Collator
 from pyralis.data.template import ChatTemplate, save_template
 from pyralis.errors import ConfigError
 from pyralis.models.staging import write_text
-from pyralis.train.best_model import BestModel
-from pyralis.train.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json
-from pyralis.train.checksums import write_checksums
+from pyralis.train.checkpoints.best_model import BestModel
+from pyralis.train.checkpoints.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json
+from pyralis.train.checkpoints.checksums import write_checksums
+from pyralis.train.checkpoints.save_errors import save_errors_named
+from pyralis.train.config.refusals import refusals_named
 from pyralis.train.fast_loss import FastLossTrainer
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
-from pyralis.train.refusals import refusals_named
 from pyralis.train.sampling import EveryRowEvaluated, GroupedRows
-from pyralis.train.save_errors import save_errors_named
 from pyralis.train.token_counts import TokenCounts
-from pyralis.train.watched_trainer import WatchedTrainer
+from pyralis.train.watch.watched_trainer import WatchedTrainer
 
 COUNTS_NAME = "pyralis_counts.json"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyralis.models.surgery import AccelerationReport
-from pyralis.train.environment import Environment
+from pyralis.train.report.environment import Environment
 from pyralis.verify.compare import Compared, Comparison
 
 

@@ -17,7 +17,7 @@ from pyralis.models.nf4 import is_four_bit
 from pyralis.models.source import locate_model
 from pyralis.models.surgery import AccelerationReport, accelerate, report, restore
 from pyralis.models.tokenizer import load_tokenizer
-from pyralis.train.environment import describe_environment
+from pyralis.train.report.environment import describe_environment
 from pyralis.verify.batches import Batch, built_in_examples, examples_of, make_batches
 from pyralis.verify.compare import Comparison, compare
 from pyralis.verify.exact import check_exact

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyralis.models.surgery import LayerReport
-from pyralis.train.environment import Environment
+from pyralis.train.report.environment import Environment
 from pyralis.verify.compare import COMPONENT_FACTOR, Compared
 from pyralis.verify.result import Subject, Verification, dtype_name
 

@@ -1,0 +1,1 @@
+"""Output folders and checkpoints: whole or not there at all."""

@@ -1,0 +1,1 @@
+"""Steps that are not finite: found, kept, run again."""
