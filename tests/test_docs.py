@@ -69,6 +69,11 @@ def test_readmes_have_the_same_shape() -> None:
     assert tables(ENGLISH) == tables(CHINESE)
 
 
+def test_the_chinese_readme_leads_to_chinese_pages() -> None:
+    targets = re.findall(r"\]\(docs/([\w-]+\.md)\)", prose(CHINESE))
+    assert not [name for name in targets if (ROOT / "docs/zh" / name).exists()]
+
+
 @every_page
 def test_relative_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):

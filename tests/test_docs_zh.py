@@ -11,6 +11,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 CHINESE = DOCS / "zh"
 PAGES = sorted(page.name for page in CHINESE.glob("*.md") if page.name != "README.md")
+FOR_DEVELOPERS = {"architecture.md", "fused-layer.md", "ops.md"}  # in English alone
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GENERATED = (  # tables made from the code, which the Chinese pages link to
@@ -87,4 +88,7 @@ def test_punctuation_between_chinese_characters_is_chinese(name: str) -> None:
 def test_the_index_lists_every_page() -> None:
     index = (CHINESE / "README.md").read_text(encoding="utf-8")
     assert not [name for name in PAGES if f"({name})" not in index]
-    assert set(PAGES) <= {page.name for page in DOCS.glob("*.md")}
+
+
+def test_every_page_for_users_is_there() -> None:
+    assert {*PAGES, *FOR_DEVELOPERS, "README.md"} == {page.name for page in DOCS.glob("*.md")}

@@ -1,5 +1,5 @@
 """What runs fast for which family, found by running it: `python -m tests.models.support` writes docs/models.json and
-the table of docs/models.md from it.
+from it the table of docs/models.md, in English and in Chinese.
 
 A cell is a model of the family with the feature, stock and fast, both against float64. "fast": every layer was, and no
 number was worse than stock's. Else the reason why it ran stock. A wrong number is an AssertionError, and no table.
@@ -28,7 +28,19 @@ from tests.models.test_parity_half import errors
 from tests.tiny import VARIANTS, build_tiny_model, make_tiny_model
 
 ROOT = Path(__file__).parents[2]
-FACTS, PAGE = ROOT / "docs/models.json", ROOT / "docs/models.md"
+FACTS = ROOT / "docs/models.json"
+CHINESE = {  # of the table's words; names are the same in both languages
+    "fast": "快速",
+    "stock": "原版",
+    "full": "全参数",
+    "left padding": "左侧填充",
+    "packed": "打包",
+    "windows": "滑动窗口",
+    "q/k norms": "q、k 归一化",
+    "biases": "偏置",
+    "RoPE scaling": "RoPE 缩放",
+}
+PAGES: dict[Path, Mapping[str, str]] = {ROOT / "docs/models.md": {}, ROOT / "docs/zh/models.md": CHINESE}
 BEGIN, END = "<!-- support -->", "<!-- /support -->"
 ALL = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite")
 TITLES = dict(zip(ALL, (family.name for family in FAMILIES), strict=True))
@@ -131,8 +143,12 @@ def _build(name: str, feature: Feature, folder: Path) -> Any:
     return tuned.train()
 
 
-def render(facts: Mapping[str, Mapping[str, str]]) -> str:
-    """The table: a row a feature, a column a family, reasons below."""
+def render(facts: Mapping[str, Mapping[str, str]], words: Mapping[str, str]) -> str:
+    """The table: a row a feature, a column a family, reasons below (as the program gives them, in English)."""
+
+    def say(word: str) -> str:
+        return words.get(word, word)
+
     lines = ["| | " + " | ".join(TITLES[name] for name in ALL) + " |", "|---|" + "---|" * len(ALL)]
     reasons: list[str] = []
     for title in FEATURES:
@@ -141,8 +157,9 @@ def render(facts: Mapping[str, Mapping[str, str]]) -> str:
             found = facts[name].get(title, "")
             if found not in ("", "fast") and found not in reasons:
                 reasons.append(found)
-            row.append({"": "", "fast": "fast"}.get(found) or (f"stock ({reasons.index(found) + 1})" if found else ""))
-        lines.append(f"| {title} | " + " | ".join(row) + " |")
+            known = {"": "", "fast": say("fast")}
+            row.append(known[found] if found in known else f"{say('stock')} ({reasons.index(found) + 1})")
+        lines.append(f"| {say(title)} | " + " | ".join(row) + " |")
     notes = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
@@ -157,7 +174,8 @@ def main() -> None:
     for name, title in cells():
         facts[name][title] = run(name, title)
     FACTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page_with(render(facts), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, words in PAGES.items():
+        page.write_text(page_with(render(facts, words), page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
 """docs/performance.md's tables, written from the JSON that the benchmarks left, so that no figure is copied by hand.
 
-`python -m pyralis.bench.page` renews the page; a test holds it to the files.
+`python -m pyralis.bench.page` renews the page and the Chinese one; a test holds both to the files.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pyralis.bench.case import PYRALIS
+from pyralis.bench.chinese import in_chinese
 from pyralis.bench.train.results import KIND, Record
 from pyralis.bench.train.tables import markdown_table
 
 ROOT = Path(__file__).parents[3]
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES: dict[Path, Callable[[str], str]] = {  # and what becomes of a table there
+    ROOT / "docs" / "performance.md": str,
+    ROOT / "docs" / "zh" / "performance.md": in_chinese,
+}
 _BLOCK = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -46,20 +52,21 @@ def _time(timing: dict[str, Any] | None) -> str:
     return f"{timing['microseconds']:.1f}{'' if timing['graphed'] else ' *'}"
 
 
-def renewed(page: str) -> str:
+def renewed(page: str, translated: Callable[[str], str] = str) -> str:
     """The page with each table made anew from the file that its marker names."""
 
     def fill(match: re.Match[str]) -> str:
         path = RESULTS / match["file"]
         record = json.loads(path.read_text(encoding="utf-8"))
         made = markdown_table(Record.read(path)) if record.get("kind") == KIND else table(record)
-        return f"{match[1]}\n{made}\n\n{match[3]}"
+        return f"{match[1]}\n{translated(made)}\n\n{match[3]}"
 
     return _BLOCK.sub(fill, page)
 
 
 def main() -> None:
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, translated in PAGES.items():
+        page.write_text(renewed(page.read_text(encoding="utf-8"), translated), encoding="utf-8")
 
 
 if __name__ == "__main__":
