@@ -62,6 +62,19 @@ def test_a_run_is_that_of_trainer(tmp_path: Path, settings: dict[str, Any]) -> N
         assert torch.equal(ours, theirs)
 
 
+def test_one_process_takes_one_of_several_gpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Trainer would copy the model in each step, or multiply the batch."""
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=2, dataloader_pin_memory=False
+    )
+    assert args.n_gpu == 0
+    args._n_gpu = 3
+    trainer = LeanTrainer(lora_model(), args, train_dataset=rows(8), data_collator=Collator(0))
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 2
+    assert "3 GPUs are visible" in caplog.text
+
+
 class Spent(TrainerCallback):
     """CPU milliseconds of this thread per micro-step, in each optimizer step."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,12 +25,10 @@ def test_two_processes_take_the_step_of_one(tiny_llama: Path, chats: Path, tmp_p
     }  # fmt: skip
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "pyralis", "train", str(file)], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Pyralis · done") == 1
+    done = pyralis("train", str(file), "--gpus", "2")
+    said = done.communicate(timeout=120)[0]
+    assert done.returncode == 0, said
+    assert said.count("Pyralis · done") == 1
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "checkpoint-2", "pyralis_template.json", "report.html"} <= names
     assert not [name for name in names if name.startswith(".")]
@@ -38,3 +39,45 @@ def test_two_processes_take_the_step_of_one(tiny_llama: Path, chats: Path, tmp_p
         for name in ("out", "one")
     )
     assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.full
+def test_a_stopped_run_goes_on(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    """SIGTERM, seen by each process in a step of its own, ends both in one; resumed it is the run left alone."""
+
+    def config(name: str) -> str:
+        values = {
+            "model_name_or_path": str(tiny_llama), "train_file": str(chats), "max_seq_length": 96, "train_mode": "lora",
+            "lora_rank": 4, "lora_dropout": 0.1, "dtype": "float32", "max_steps": 60, "logging_steps": 1,
+            "per_device_train_batch_size": 2, "learning_rate": 1e-2, "cache_dir": str(tmp_path / "cache"),
+            "output_dir": str(tmp_path / name), "save_steps": 1000,
+        }  # fmt: skip
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(values))
+        return str(file)
+
+    def losses(name: str) -> list[float]:
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        return [row.loss for row in rows if isinstance(row, StepMetrics)]
+
+    whole = pyralis("train", config("whole"), "--gpus", "2")
+    assert whole.wait(240) == 0
+
+    stopped = pyralis("train", config("stopped"), "--gpus", "2")
+    written = tmp_path / "stopped" / "metrics.jsonl"
+    while not (written.exists() and written.stat().st_size):
+        assert stopped.poll() is None
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(120) == 75
+    assert 0 < len(losses("stopped")) < 60
+    again = pyralis("train", config("stopped"), "--gpus", "2")
+    assert again.wait(240) == 0
+    assert losses("stopped") == losses("whole")
+
+
+def pyralis(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pyralis", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -22,8 +23,11 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[
             bool, typer.Option("--json", help="With --check: print the effective config as JSON.")
         ] = False,
+        gpus: Annotated[
+            int | None, typer.Option("--gpus", help="Train on so many GPUs of this machine, a process for each.")
+        ] = None,
     ) -> None:
-        """Fine-tune a model as a config says: pretrain or SFT, by full, LoRA or QLoRA."""
+        """Fine-tune a model as a config says: pretrain, SFT or DPO, by full, LoRA or QLoRA."""
         if check:
             from rich.console import Console
 
@@ -36,6 +40,8 @@ def register(app: typer.Typer) -> None:
             else:
                 Console(highlight=False).print(format_check(loaded))
             return
+        if gpus is not None and gpus != 1:
+            raise typer.Exit(_on_gpus(gpus, config, overrides or ()))
         from pyralis.cli.quiet import set_up_logging
 
         set_up_logging()
@@ -45,6 +51,15 @@ def register(app: typer.Typer) -> None:
         _leave_group()
         if result.status == "interrupted":
             raise typer.Exit(RESUME_ME if result.signal == "SIGTERM" else 130)
+
+
+def _on_gpus(count: int, config: str, overrides: Sequence[str]) -> int:
+    from pyralis.cli.processes import check_gpus, run_processes, train_command
+    from pyralis.train.config.train_config import load_config
+
+    check_gpus(count)
+    load_config(config, overrides)  # what is wrong with it is said once
+    return run_processes(count, train_command(config, overrides))
 
 
 def _leave_group() -> None:

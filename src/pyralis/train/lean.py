@@ -27,6 +27,7 @@ from pyralis.train.embedding_rate import embedding_parameters, give_learning_rat
 from pyralis.train.flat_optimizer import flat_optimizer, steps_in_backward, trains_base
 from pyralis.train.full_weights import check_steps_in_backward
 from pyralis.train.module_walk import all_training, parameters_of
+from pyralis.train.old_trainer_names import say_once
 from pyralis.train.out_of_memory import retried
 
 
@@ -61,6 +62,14 @@ class LeanTrainer(Trainer):
         """Of TRL's trainers: nothing is sent."""
 
     def create_accelerator_and_postprocess(self) -> None:
+        if self.args.n_gpu > 1:
+            # Trainer would copy the model to each GPU in each step (nn.DataParallel), or if its weights are quantised
+            # multiply the batch by the number of GPUs and train on one of them.
+            say_once(
+                f"{self.args.n_gpu} GPUs are visible, and this process trains on one of them. On all: `pyralis train "
+                f"CONFIG --gpus {self.args.n_gpu}`, or a script by `torchrun --nproc_per_node {self.args.n_gpu}`."
+            )
+            self.args._n_gpu = 1
         if self.args.dataloader_pin_memory and self.args.device.type == "cuda":
             # A blocking copy waits for all that was launched before it; from pinned memory none is needed.
             config: Any = copy.copy(self.args.accelerator_config)
