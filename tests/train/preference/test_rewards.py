@@ -61,13 +61,16 @@ def test_final_panel(preferences: list[Metric], tmp_path: Path) -> None:
 
 def test_chart(preferences: list[Metric], history: list[Metric]) -> None:
     assert reward_chart(history) is None
-    chart = str(reward_chart(preferences))
+    chart = reward_chart(preferences)
+    assert chart is not None
     for kind in ("chosen", "rejected", "rate"):
-        assert chart.count(f'<path class="{kind}"') == 1
-    assert "step 8: chosen 0.8, rejected -1.6, margin 2.4, 100 % right" in chart
+        assert chart.svg.count(f'<path class="{kind}"') == 1
+    assert "step 8: 0.8" in chart.svg
     first: Any = preferences[0]
-    broken = [replace(first, reward_chosen=float("nan")), *preferences[1:]]
-    assert "nan" not in str(reward_chart(broken)).replace("chosen nan", "")
+    broken = reward_chart([replace(first, reward_chosen=float("nan")), *preferences[1:]])
+    assert broken is not None
+    assert "nan" not in broken.svg
+    assert broken.data["curves"][0]["values"][0] is None
     assert reward_chart(preferences[:1]) is not None
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pyralis.errors import ConfigError, DataError
 from pyralis.train.report.compare import FIGURES, Run, differences, read_runs
-from pyralis.train.report.compare_chart import compare_chart, evaluation_curves, training_curves
+from pyralis.train.report.compare_chart import evaluation_chart, training_chart
 from pyralis.train.report.compare_page import render_comparison, write_comparison
 from pyralis.train.report.compare_table import comparison_tables
 from pyralis.train.report.language import chinese_locale
@@ -133,15 +133,18 @@ def test_runs_that_cannot_be_read(make_run: MakeRun, history: list[Metric]) -> N
 def test_curves_share_their_axes(make_run: MakeRun, make_step: Callable[..., StepMetrics]) -> None:
     short: list[Metric] = [make_step(1, 4.0), make_step(2, math.nan), make_step(3, 3.0), make_step(20, 2.0)]
     runs = read_runs([make_run("long"), make_run("short", short)])
-    chart = compare_chart(training_curves(runs))
+    chart = training_chart(runs)
     paths = {path.get("class"): path.get("d") or "" for path in ElementTree.fromstring(chart.svg).iter("path")}
     ends = [float(re.findall(r"[ML]([\d.]+) ", paths[f"run r{i}"])[-1]) for i in (0, 1)]
     assert ends[1] < ends[0]
     assert paths["run r1"].count("M") == 2  # broken where the loss is not finite
-    assert [p["step"] for p in chart.points if p["run"] == 1] == [1, 3, 20]
-    assert [curve.run for curve in evaluation_curves(runs)] == [0]
-    evaluated = compare_chart(evaluation_curves(runs), dots=True)
+    assert [curve["run"] for curve in chart.data["curves"]] == [0, 1]
+    assert [v is None for v in chart.data["curves"][1]["values"]] == [False, True, False, False]
+    evaluated = evaluation_chart(runs)
+    assert evaluated is not None
+    assert [curve["run"] for curve in evaluated.data["curves"]] == [0]
     assert len(list(ElementTree.fromstring(evaluated.svg).iter("circle"))) == 4
+    assert evaluation_chart(runs[1:]) is None
 
 
 def test_the_page_is_whole_and_offline(make_run: MakeRun, tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_the_page_is_whole_and_offline(make_run: MakeRun, tmp_path: Path) -> Non
         "The loss fell by 81 %",
     ):
         assert text in page.text, text
-    assert len(json.loads(page.scripts[0])) == 80
+    assert [len(curve["steps"]) for curve in json.loads(page.scripts[0])["curves"]] == [40, 40]
     assert "model_name_or_path" not in page.text
 
 

@@ -124,8 +124,9 @@ def test_nothing_is_fetched_and_only_our_script_may_run(info: ReportInfo) -> Non
 
 
 def test_the_data_under_the_pointer_is_json(info: ReportInfo) -> None:
-    points = json.loads(Page(render_report(info)).scripts[0])
-    assert [p["step"] for p in points] == list(range(1, 41))
+    curves = {curve["kind"]: curve for curve in json.loads(Page(render_report(info)).scripts[0])["curves"]}
+    assert curves["raw"]["steps"] == curves["train"]["steps"] == list(range(1, 41))
+    assert curves["eval"]["steps"] == [10, 20, 30, 40]
 
 
 def test_both_languages_have_every_heading(info: ReportInfo) -> None:

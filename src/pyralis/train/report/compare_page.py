@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pyralis.models.staging import write_text
 from pyralis.train.report.compare import FIGURES, Run, differences, status_words
-from pyralis.train.report.compare_chart import compare_chart, evaluation_curves, training_curves
+from pyralis.train.report.compare_chart import evaluation_chart, training_chart
 from pyralis.train.report.page import render_page
 
 COLOURS = 8
@@ -22,7 +22,6 @@ def write_comparison(path: str | Path, runs: Sequence[Run]) -> None:
 
 
 def render_comparison(runs: Sequence[Run]) -> str:
-    evaluated = evaluation_curves(runs)
     return render_page(
         "compare",
         runs=runs,
@@ -30,6 +29,6 @@ def render_comparison(runs: Sequence[Run]) -> str:
         figures=[(figure, figure.best(runs)) for figure in FIGURES if figure.english != "status"],
         differences=differences(runs),
         colours=COLOURS,
-        training=compare_chart(training_curves(runs)),
-        evaluation=compare_chart(evaluated, dots=True) if evaluated else None,
+        training=training_chart(runs),
+        evaluation=evaluation_chart(runs),
     )

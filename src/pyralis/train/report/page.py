@@ -16,11 +16,12 @@ from pyralis import __version__
 from pyralis.train.report import format as numbers
 
 TEMPLATES = Path(__file__).parent / "templates"
+SCRIPTS = ("page.js", "chart.js")
 
 
 def render_page(name: str, **values: Any) -> str:
-    """`NAME.html.j2` with `report.css`, `NAME.css` where there is one, and `NAME.js`. Every value is escaped but what
-    is Markup."""
+    """`NAME.html.j2` with `report.css`, `NAME.css` where there is one, and the script of all pages. Every value is
+    escaped but what is Markup."""
     jinja = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -37,7 +38,7 @@ def render_page(name: str, **values: Any) -> str:
         "percent": numbers.percent_text,
         "value": value_text,
     }
-    script = _read(f"{name}.js")
+    script = "".join(map(_read, SCRIPTS))
     styles = dict.fromkeys(["report.css", f"{name}.css"])
     return jinja.get_template(f"{name}.html.j2").render(
         **values,

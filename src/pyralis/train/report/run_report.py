@@ -10,12 +10,13 @@ from typing import Any
 from pyralis.data.stats import BatchStats
 from pyralis.models.staging import write_text
 from pyralis.train.report.environment import Environment
+from pyralis.train.report.loss_chart import loss_chart
 from pyralis.train.report.metric_rows import Metric
 from pyralis.train.report.page import render_page
 from pyralis.train.report.panel import StartupInfo
 from pyralis.train.report.reward_chart import reward_chart
 from pyralis.train.report.summary import summarise
-from pyralis.train.report.svg import LengthBin, length_chart, loss_chart, loss_points
+from pyralis.train.report.svg import LengthBin, length_chart
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,6 @@ def render_report(info: ReportInfo) -> str:
         notes=[*info.startup.notes, *info.notes],
         warnings=[*info.startup.warnings, *info.warnings],
         chart=loss_chart(info.metrics),
-        points=loss_points(info.metrics),
         rewards=reward_chart(info.metrics),
         lengths=length_chart(info.data.lengths) if info.data and info.data.lengths else None,
     )
