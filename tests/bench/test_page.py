@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from pyralis.bench.chinese import PHRASES, in_chinese
-from pyralis.bench.page import PAGES, RESULTS, renewed
+from pyralis.bench.page import PAGES, RESULTS, ROOT, renewed
+from pyralis.bench.train.results import Record
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 
@@ -24,6 +26,33 @@ def test_every_table_has_its_results(page: Path) -> None:
     files = re.findall(r"<!-- table: (\S+) -->", page.read_text(encoding="utf-8"))
     assert files
     assert all((RESULTS / name).is_file() for name in files)
+
+
+@every_page
+def test_every_result_has_its_table(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    apart = {"nf4-tiles-h100.json", "tokenise-1m-2-cores.json"}  # a kernel's launches; docs/data.md
+    assert {path.name for path in RESULTS.glob("*.json") if f"<!-- table: {path.name} -->" not in text} == apart
+
+
+@every_page
+def test_every_table_is_generated(page: Path) -> None:
+    text = re.sub(r"<!-- table: .*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not [line for line in text.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readmes_figures_are_the_results(name: str) -> None:
+    readme = (ROOT / name).read_text(encoding="utf-8")
+    paragraph = next(part for part in readme.split("\n\n") if "Unsloth 2026" in part)
+    figures = {int(figure.replace(",", "")) for figure in re.findall(r"(?<![.\d])\d[\d,]*(?![.\d])", paragraph)}
+    record = Record.read(RESULTS / "train-llama3-8b-qlora-h100.json")
+    variants = {"keep", "keep+graph", "keep+resident+graph", "False"}
+    steps = {round(run.seconds * 1e3) for run in record.runs if run.case.variant in variants}
+    ragged = json.loads((RESULTS / "ragged-llama3-8b-h100.json").read_text(encoding="utf-8"))["results"]
+    assert len(steps) == 8
+    assert steps | {round(max(one["learnt_per_s"] for one in ragged), -2)} <= figures
+    assert record.versions["unsloth"] in paragraph
 
 
 def test_the_chinese_page_has_the_same_tables_and_figures() -> None:

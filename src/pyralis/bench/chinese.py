@@ -39,6 +39,18 @@ PHRASES: tuple[tuple[str, str], ...] = (
     (r"\| gradient norm \|", "| 梯度范数 |"),
     (r"\| adamw, (\d+)-bit states \|", r"| adamw，\1 比特状态 |"),
     (r"\| adamw, 8-bit, bf16 copy \|", "| adamw，8 比特状态，bf16 副本 |"),
+    (r"\| supervised tokens/s \| ms \|", "| 监督 token/s | 毫秒 |"),
+    (r"\| padding computed \|", "| 计算填充 |"),
+    (r"\| padding removed, lengths from the collator \|", "| 去掉填充，长度由 collator 给出 |"),
+    (r"\| rank \| backward, apart \|", "| 秩 | 反向，分开 |"),
+    (r"\| one kernel \| forward, apart \| one kernel \|", "| 一个内核 | 前向，分开 | 一个内核 |"),
+    (r"^\| rows x tokens \| what is kept \| dropout \| ms \|", "| 行 x token | 保留什么 | dropout | 毫秒 |"),
+    (r"\| peak, GiB \|", "| 峰值，GiB |"),
+    (r"\| everything, and the dequantised weights \|", "| 全部，以及反量化的权重 |"),
+    (r"\| everything \|", "| 全部 |"),
+    (r"\| all but the cheap parts \|", "| 除低代价的部分以外全部 |"),
+    (r"\| each layer's input, in host memory \|", "| 每一层的输入，放在主机内存 |"),
+    (r"\| each layer's input \|", "| 每一层的输入 |"),
 )  # fmt: skip
 
 
