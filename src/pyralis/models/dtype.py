@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +35,11 @@ def check_dtype_name(name: str) -> DtypeName:
 
 
 def choose_device() -> torch.device:
-    """This process's GPU (`LOCAL_RANK`, as torchrun and accelerate set it), else the CPU."""
+    """This process's GPU (`LOCAL_RANK`, as torchrun and accelerate set it), else the CPU.
+
+    Raises:
+        ModelError: there is no such GPU, or this torch has no kernels for it.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))
@@ -43,7 +48,33 @@ def choose_device() -> torch.device:
         raise ModelError(
             f"LOCAL_RANK is {index}, but {count} GPU(s) are visible: start at most {count} processes here."
         )
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    _check_kernels(device)
+    return device
+
+
+@lru_cache
+def _check_kernels(device: torch.device) -> None:
+    """Raise ModelError for a GPU that torch was built without: torch sees it, and the first kernel fails."""
+    built_for, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    codes = [found for arch in built_for if (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch))]
+    if not codes or any(_runs_on(capability, *code.groups()) for code in codes):
+        return
+    older = "its CUDA 12.6 wheels have: pip install 'torch<2.15' --index-url https://download.pytorch.org/whl/cu126"
+    raise ModelError(
+        f"PyTorch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)}, whose compute "
+        f"capability is {capability[0]}.{capability[1]}; it was built for {', '.join(built_for)}. "
+        f"Install one that has: {older if capability < (7, 5) else 'a newer one, built for a newer CUDA'}."
+    )
+
+
+def _runs_on(capability: tuple[int, int], kind: str, major: str, minor: str, variant: str) -> bool:
+    """Whether code built for an architecture runs on a GPU: binaries on that one and later ones of its generation, PTX
+    on all later ones, of variant "a" only on that one (CUDA C++ Programming Guide, "Binary Compatibility")."""
+    built = (int(major), int(minor))
+    if variant == "a" or built > capability:
+        return built == capability
+    return built[0] == capability[0] or (kind == "compute" and not variant)
 
 
 def choose_dtype(requested: DtypeName, device: torch.device) -> DtypeChoice:

@@ -46,7 +46,8 @@ def embedding_to_host(model: Any) -> int:
         raise ModelError("offload_embedding: the head multiplies by the embedding's table (tied), which has to stay.")
     if weight.device.type != "cuda" or embedding_on_host(model):
         return 0
-    pinned = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True)
+    with torch.cuda.device(weight.device):  # whose addresses the memory is mapped into
+        pinned = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True)
     pinned.copy_(weight.detach())
     mapped = _as_gpu_tensor(pinned, weight.device)
     rows = torch.linspace(0, len(weight) - 1, 5, device=weight.device).long()

@@ -23,6 +23,7 @@ from pyralis.engine.flat_parameters import take_back, to_host
 from pyralis.engine.optimizer import FlatAdamW, Rounding
 from pyralis.engine.step_graphs import CudaGraph, step_graphs
 from pyralis.errors import ConfigError
+from pyralis.train.device_fit import check_gpu
 from pyralis.train.embedding_rate import embedding_parameters, give_learning_rate
 from pyralis.train.flat_optimizer import flat_optimizer, steps_in_backward, trains_base
 from pyralis.train.full_weights import check_steps_in_backward
@@ -62,6 +63,7 @@ class LeanTrainer(Trainer):
         """Of TRL's trainers: nothing is sent."""
 
     def create_accelerator_and_postprocess(self) -> None:
+        check_gpu(self.args, getattr(self, "model", None))
         if self.args.n_gpu > 1:
             # Trainer would copy the model to each GPU in each step (nn.DataParallel), or if its weights are quantised
             # multiply the batch by the number of GPUs and train on one of them.

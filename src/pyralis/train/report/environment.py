@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,28 @@ class Capability:
     name: str
     works: bool
     note: str
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that is checked out there, with "-dirty" where tracked files differ from it; None without one."""
+    command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            [*command, "--abbrev=12"], capture_output=True, text=True, timeout=10, check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def code_commits() -> dict[str, str]:
+    """The commits of the working directory, and of Pyralis where it runs from a checkout of its own repository."""
+    package = Path(__file__).parents[2]
+    places = {"working directory": Path.cwd()}
+    if package.parent.name == "src":  # not in a wheel's site-packages, which may lie in somebody else's repository
+        places["pyralis"] = package.parents[1]
+    return {name: commit for name, place in places.items() if (commit := git_commit(place)) is not None}
 
 
 def describe_environment() -> Environment:
@@ -117,8 +140,8 @@ def _probe_nf4(device: torch.device) -> Capability:
         from bitsandbytes import functional
     except ImportError as reason:
         return Capability("NF4", False, f"bitsandbytes cannot be imported: {reason}")
-    weight = torch.linspace(-1, 1, 64 * 64, device=device).view(64, 64)
     try:
+        weight = torch.linspace(-1, 1, 64 * 64, device=device).view(64, 64)
         packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         error = functional.dequantize_4bit(packed, state).sub(weight).abs().max().item()
     except (RuntimeError, NotImplementedError) as reason:

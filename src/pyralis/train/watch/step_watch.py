@@ -62,7 +62,7 @@ class WatchedStep:
             self.bad = torch.empty((), dtype=flag.dtype, pin_memory=True)
             self.bad.copy_(flag, non_blocking=True)
             self.ready = torch.cuda.Event()
-            self.ready.record()
+            self.ready.record(torch.cuda.current_stream(flag.device))
         else:
             self.bad = flag.clone()
 
