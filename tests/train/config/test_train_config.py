@@ -62,6 +62,9 @@ def test_defaults_look_at_other_fields() -> None:
     assert (sft.output_dir, sft.learning_rate, sft.packing) == ("output/some-model-sft-qlora", 2e-4, False)
     full = config_of(train_mode="full", task_type="pretrain", model_name_or_path="/models/tiny/")
     assert (full.output_dir, full.learning_rate, full.packing) == ("output/tiny-pretrain-full", 1e-5, True)
+    pairs = {"task_type": "dpo", "max_prompt_length": 32}
+    rates = [config_of(**pairs, train_mode=mode).learning_rate for mode in ("full", "lora", "qlora")]
+    assert rates == [5e-7, 5e-6, 5e-6]
     assert config_of(eval_file="more.jsonl").eval_strategy == "epoch"
     assert config_of(use_unsloth=True).acceleration == "on"
     assert config_of().acceleration == "auto"

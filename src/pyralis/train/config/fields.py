@@ -14,9 +14,14 @@ from pyralis.train.config.data_fields import TEMPLATE_NAMES, DataFields
 from pyralis.train.config.field_types import Integer, NotSaid, Number
 from pyralis.train.config.own_field import own_field as _own
 
-__all__ = ["LEARNING_RATE", "TEMPLATE_NAMES", "OwnFields"]
+__all__ = ["TEMPLATE_NAMES", "OwnFields", "learning_rate"]
 
-LEARNING_RATE = {"full": 1e-5, "lora": 2e-4, "qlora": 2e-4}
+
+def learning_rate(task: str, mode: str) -> float:
+    """The default for a task and a mode. Preferences take a fraction of the rate; 5e-7 for all weights is Zephyr's."""
+    if task == "dpo":
+        return 5e-7 if mode == "full" else 5e-6
+    return 1e-5 if mode == "full" else 2e-4
 
 
 class OwnFields(DataFields):
@@ -80,10 +85,10 @@ class OwnFields(DataFields):
 
     # TrainingArguments fields whose type or default is changed
     learning_rate: Number = _own(
-        lambda fields: LEARNING_RATE[fields["train_mode"]],
+        lambda fields: learning_rate(fields["task_type"], fields["train_mode"]),
         "Peak learning rate.",
         origin="transformers",
-        default_text="1e-05 for full, 0.0002 for lora and qlora",
+        default_text="1e-05 for full, 0.0002 for lora and qlora; for dpo 5e-07 and 5e-06",
         ge=0,
     )
     gradient_checkpointing: Annotated[

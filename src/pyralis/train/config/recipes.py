@@ -5,18 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pyralis.train.config.fields import learning_rate
+
 SAMPLE_DATA = {"sft": "data/sample_sft.jsonl", "pretrain": "data/pretrain", "dpo": "data/sample_dpo.jsonl"}
 ZERO3 = "train_args/ds_z3_config.json"
 
 _SEQUENCE = {"sft": 1024, "pretrain": 2048, "dpo": 1024}
-_LEARNING_RATE = {
-    ("pretrain", "full"): 2e-5,
-    ("sft", "full"): 1e-5,
-    ("dpo", "full"): 5e-7,
-    ("pretrain", "lora"): 2e-4,
-    ("sft", "lora"): 2e-4,
-    ("dpo", "lora"): 5e-6,
-}
 _EXAMPLES_PER_STEP = 16
 
 
@@ -44,7 +38,7 @@ def recipe(model: str, task: str, mode: str, *, billions: float, template: str =
         "num_train_epochs": 1,
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": _EXAMPLES_PER_STEP // batch,
-        "learning_rate": _LEARNING_RATE[task, "full" if mode == "full" else "lora"],
+        "learning_rate": 2e-5 if (task, mode) == ("pretrain", "full") else learning_rate(task, mode),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
         "weight_decay": 0.1 if task == "pretrain" and mode == "full" else 0,
