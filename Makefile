@@ -1,11 +1,19 @@
 # Every target makes what it needs on a bare machine (Python >= 3.11): `make quickstart`, `make test`.
 #   PYTHON=python3.12   the interpreter to build .venv from; for `make test-gpu` it is used as it is, without a venv
 #   TORCH='torch==...'  what to install as torch (default: torch==2.13.0 without an NVIDIA GPU, the newest with one)
+#   LIBRARIES=newest    all else: tested (constraints.txt, the default), oldest (constraints-oldest.txt) or newest, which are
+#                       whatever pyproject.toml allows; each has a venv of its own
 #   JOBS=2              parallel test processes
 
 PYTHON ?= python3
-VENV   ?= .venv
 JOBS   ?= 2
+LIBRARIES ?= tested
+CONSTRAINTS_tested := -c constraints.txt
+CONSTRAINTS_oldest := -c constraints-oldest.txt
+ifeq ($(filter tested oldest newest,$(LIBRARIES)),)
+$(error LIBRARIES is '$(LIBRARIES)'; expected tested, oldest or newest)
+endif
+VENV   ?= .venv$(if $(filter-out tested,$(LIBRARIES)),-$(LIBRARIES))
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH  ?= $(if $(HAS_GPU),torch,torch==2.13.0)
 BIN    := $(VENV)/bin
@@ -30,12 +38,12 @@ $(VENV)/.created:
 	$(PIP) '$(TORCH)'
 	@touch $@
 
-$(VENV)/.run: $(VENV)/.created pyproject.toml
-	$(PIP) -e '.[gguf]'
+$(VENV)/.run: $(VENV)/.created pyproject.toml $(wildcard constraints*.txt)
+	$(PIP) $(CONSTRAINTS_$(LIBRARIES)) -e '.[gguf]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.created pyproject.toml
-	$(PIP) -e '.[dev]'
+$(VENV)/.dev: $(VENV)/.created pyproject.toml $(wildcard constraints*.txt)
+	$(PIP) $(CONSTRAINTS_$(LIBRARIES)) -e '.[dev]'
 	@touch $@ $(VENV)/.run
 
 quickstart: $(VENV)/.run
@@ -68,4 +76,4 @@ bench: $(VENV)/.run
 endif
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache build dist
