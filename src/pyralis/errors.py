@@ -6,11 +6,20 @@ traceback and exits with `exit_code`; anything else that escapes is a bug and ke
 
 from __future__ import annotations
 
+import re
+
+# Control characters but for tab and new line, and halves of surrogate pairs.
+_NOT_PRINTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 class PyralisError(Exception):
     """Base of every error a user can cause and mend."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """What names a user's input may hold what no terminal should get: it is escaped."""
+        return _NOT_PRINTED.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
 
 
 class ConfigError(PyralisError, ValueError):

@@ -20,7 +20,7 @@ from pyralis.data.template import ChatTemplate, save_template
 from pyralis.errors import ConfigError
 from pyralis.models.staging import write_text
 from pyralis.train.checkpoints.best_model import BestModel
-from pyralis.train.checkpoints.checkpoint import STAGING_PREFIX, STATE_NAME, rotate_checkpoints, write_json
+from pyralis.train.checkpoints.checkpoint import STAGING_PREFIX, STATE_NAME, read_object, rotate_checkpoints, write_json
 from pyralis.train.checkpoints.checksums import write_checksums
 from pyralis.train.checkpoints.save_errors import save_errors_named
 from pyralis.train.config.refusals import refusals_named
@@ -249,8 +249,12 @@ def _word(choice: Any) -> str:
 def restore_counts(trainer: PyralisTrainer, checkpoint: Path) -> None:
     """Go on counting tokens from where the checkpoint was saved (from zero for a checkpoint of another program)."""
     path = checkpoint / COUNTS_NAME
-    if path.is_file():
-        trainer.token_counts.restore(**json.loads(path.read_text(encoding="utf-8")))
+    if not path.is_file():
+        return
+    counts = read_object(path)
+    if counts.keys() != {"supervised", "total"} or not all(isinstance(count, int) for count in counts.values()):
+        raise ConfigError(f"{path} is damaged: delete it, and tokens are counted from zero.")
+    trainer.token_counts.restore(**counts)
 
 
 __all__ = ["COUNTS_NAME", "IGNORE_INDEX", "PyralisTrainer", "TokenCounts", "restore_counts"]
