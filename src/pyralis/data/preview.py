@@ -70,23 +70,20 @@ def _coloured(console: Console) -> bool:
 @dataclass(frozen=True, slots=True)
 class _LearntText:
     """Learnt text in green and the rest dim, special tokens standing out; without colours learnt text stands between
-    【 and 】. Control characters are shown as their pictures, so that no row can steer the terminal."""
+    【 and 】. The parts are `shortened`, so that no row can steer the terminal."""
 
     parts: tuple[Stretch, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         coloured = _coloured(console)
         text = Text()
-        for learnt, group in groupby(self.parts[:STRETCHES], key=lambda part: part.learnt):
-            shown = [(_shortened(part.text.translate(_PICTURES)), part.special) for part in group]
+        for learnt, group in groupby(self.parts, key=lambda part: part.learnt):
             if coloured:
-                for piece, special in shown:
-                    text.append(piece, STYLES[learnt, special])
+                for part in group:
+                    text.append(part.text, STYLES[learnt, part.special])
             else:
-                plain = "".join(piece for piece, _ in shown)
+                plain = "".join(part.text for part in group)
                 text.append(f"【{plain}】" if learnt else plain)
-        if len(self.parts) > STRETCHES:
-            text.append(f"\n... and {len(self.parts) - STRETCHES} stretches more")
         yield text
 
 
@@ -106,14 +103,36 @@ class _Legend:
             yield Text("Learnt text stands between 【 and 】.")
 
 
-def preview(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int = 3) -> RenderableType:
-    """The first `count` rows of a built dataset, with what is learnt marked."""
-    parts: list[RenderableType] = [_Legend()]
+@dataclass(frozen=True, slots=True)
+class ShownRow:
+    """What a row is, in words, and its text."""
+
+    title: str
+    parts: tuple[Stretch, ...]
+
+
+def shown_rows(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[ShownRow]:
+    """The first `count` rows of a built dataset; of pairs, each answer."""
     for number, row in zip(range(1, count + 1), rows):
         texts = _pair(row) if "pair_lengths" in row else (_whole(row),)
         for title, ids, labels in texts:
-            parts.append(Rule(Text(f"row {number}: {title}"), align="left", characters="─", style="dim"))
-            parts.append(_LearntText(tuple(stretches(ids, labels, tokenizer))))
+            yield ShownRow(f"row {number}: {title}", tuple(stretches(ids, labels, tokenizer)))
+
+
+def shortened(row: ShownRow) -> ShownRow:
+    """Long stretches by their two ends, and not too many of them; control characters as their pictures."""
+    parts = [Stretch(_shortened(p.text.translate(_PICTURES)), p.learnt, p.special) for p in row.parts[:STRETCHES]]
+    if len(row.parts) > STRETCHES:
+        parts.append(Stretch(f"\n... and {len(row.parts) - STRETCHES} stretches more", False))
+    return ShownRow(row.title, tuple(parts))
+
+
+def preview(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int = 3) -> RenderableType:
+    """The first `count` rows of a built dataset, with what is learnt marked."""
+    parts: list[RenderableType] = [_Legend()]
+    for row in shown_rows(rows, tokenizer, count):
+        parts.append(Rule(Text(row.title), align="left", characters="─", style="dim"))
+        parts.append(_LearntText(shortened(row).parts))
     return Group(*parts)
 
 

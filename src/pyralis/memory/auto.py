@@ -87,6 +87,15 @@ class Planner:
         if (made := self._made(causal, batch, self.limit)) is not None:
             self._follow(causal, made)
 
+    def foresee(self, causal: Any, batch: Batch, settings: Settings) -> tuple[Plan | None, str | None]:
+        """(the plan that such a batch would get now, why there is none). Nothing follows it."""
+        before = self.settings, self.reason
+        self.settings = settings
+        try:
+            return self._made(causal, batch, self.limit), self.reason
+        finally:
+            self.settings, self.reason = before
+
     def notch_down(self, causal: Any, failures: int = 0) -> bool:
         """Plan for less memory than was planned with; False where that is the least already.
 
@@ -116,7 +125,7 @@ class Planner:
         if seen is None:
             return None
         try:
-            shape = describe_model(causal, causal.model.layers, gpu_of(device), autocast=_autocast(device))
+            shape = describe_model(causal, causal.model.layers, gpu_of(device), autocast=autocast_on(device))
         except ModelError as error:
             self.reason = str(error)
             logger.info("There is no memory plan, layers are computed again from their input: %s.", error)
@@ -169,7 +178,8 @@ def _choice(plan: Plan) -> tuple[Any, ...]:
     return plan.policies, plan.keep_matrices, plan.chunk_bytes, plan.tile
 
 
-def _autocast(device: torch.device) -> torch.dtype | None:
+def autocast_on(device: torch.device) -> torch.dtype | None:
+    """Its dtype; None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 

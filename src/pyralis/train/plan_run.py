@@ -91,16 +91,15 @@ def plan_run(
     """
     rates, usable = _gpu(gpu)
     data = _data_size(config)
-    limit = config.max_seq_length
-    known = data.longest if data is not None and data.longest is not None and not config.packing else limit
-    length = min(limit, known) if length is None else length
-    rows = (config.per_device_train_batch_size if batch is None else batch) * (2 if config.task_type == "dpo" else 1)
+    pair = 2 if config.task_type == "dpo" else 1
+    rows, longest = largest_batch(config, None if data is None else data.longest)
+    length = longest if length is None else length
+    rows = rows if batch is None else batch * pair
     model, moments = _shape(config, rates)
     settings = Settings(moments, config.gradient_accumulation_steps, recorded=config.cuda_graph == "auto")
     made = plan(model, Batch(rows, length), usable, rates, settings)
     seconds = made.seconds.total * (1 + (REFERENCE if config.task_type == "dpo" else 0))
     bounds = (model, usable, rates, settings)
-    pair = 2 if config.task_type == "dpo" else 1
     return PlannedRun(
         config, rates, made, rows, length,
         largest(lambda n: Batch(pair * n, length), *bounds, most=max(MOST_TOKENS // length, 1)),
@@ -129,13 +128,9 @@ def _shape(config: TrainConfig, rates: GpuRates) -> tuple[ModelShape, float]:
     names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     dtype = names.get(config.requested_dtype, half)
     dtype = half if dtype == torch.bfloat16 else dtype
-    moments = 2.1 if "8bit" in str(config.optim) else 8.0
-    weights, autocast = dtype, None
-    if config.train_mode == "full":
-        update = bf16_update(config) if dtype == torch.bfloat16 else "master"
-        moments += SPLIT_BYTES if update == "split" else 0.0
-        if update == "master":
-            weights, autocast = torch.float32, dtype if dtype != torch.float32 else None
+    moments, weights, autocast = moment_bytes(config, dtype), dtype, None
+    if config.train_mode == "full" and (dtype != torch.bfloat16 or bf16_update(config) == "master"):
+        weights, autocast = torch.float32, dtype if dtype != torch.float32 else None
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         causal: Any = AutoModelForCausalLM.from_config(
@@ -150,6 +145,19 @@ def _shape(config: TrainConfig, rates: GpuRates) -> tuple[ModelShape, float]:
     four_bit = config.train_mode == "qlora"
     assumed = Assumed(four_bit, config.double_quant, dtype)
     return describe_model(tuned.get_base_model(), layers, gpu, assumed=assumed), moments
+
+
+def moment_bytes(config: TrainConfig, dtype: torch.dtype) -> float:
+    """Of optimizer states, for each trained parameter. dtype: of the weights, where all are trained."""
+    split = config.train_mode == "full" and dtype == torch.bfloat16 and bf16_update(config) == "split"
+    return (2.1 if "8bit" in str(config.optim) else 8.0) + (SPLIT_BYTES if split else 0.0)
+
+
+def largest_batch(config: TrainConfig, longest: int | None) -> tuple[int, int]:
+    """(rows, tokens of each) of the largest micro-batch. longest: tokens of the longest row; None: not known."""
+    known = longest is not None and not config.packing
+    length = min(config.max_seq_length, longest) if known and longest is not None else config.max_seq_length
+    return config.per_device_train_batch_size * (2 if config.task_type == "dpo" else 1), length
 
 
 def _with_adapter(config: TrainConfig, causal: Any) -> Any:

@@ -12,29 +12,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from pyralis.data.left_out import LEFT_OUT_NAME
+from pyralis.data.preview import shown_rows
 from pyralis.data.progress import tokenising
 from pyralis.data.template import install_template
 from pyralis.errors import ConfigError, NotFiniteError
-from pyralis.models.staging import write_text
 from pyralis.train.answers import answer_questions, answers_table
 from pyralis.train.checkpoints.checkpoint import (
     CONFIG_NAME,
     RUN_NAME,
-    STAGING_PREFIX,
     StartPoint,
     check_same_data,
     find_start_point,
     prepare_output_dir,
-    publish,
     run_record,
     write_json,
 )
 from pyralis.train.checkpoints.lock import only_run_in
-from pyralis.train.checkpoints.save_errors import save_errors_named
 from pyralis.train.config.check_files import check_files
 from pyralis.train.config.libraries import check_libraries
 from pyralis.train.config.refusals import refusals_named
@@ -45,9 +43,12 @@ from pyralis.train.early_stopping import EarlyStop
 from pyralis.train.eval_samples import EvalSamples, sample_answers
 from pyralis.train.interrupt import GracefulStop, StopCallback
 from pyralis.train.make_trainer import make_trainer
+from pyralis.train.memory_account import MemoryCount
+from pyralis.train.predicted_memory import plan_of, predict_memory
 from pyralis.train.preference.dpo_run import PreferenceTrainer
 from pyralis.train.prepared_data import check_rows
 from pyralis.train.report.live import LiveLine
+from pyralis.train.report.memory_table import memory_table
 from pyralis.train.report.metric_rows import METRICS_NAME
 from pyralis.train.report.metrics import MetricsCallback, MetricsWriter
 from pyralis.train.report.mfu import mfu_of
@@ -64,10 +65,13 @@ from pyralis.train.report.outcome import (
 from pyralis.train.report.panel import final_panel, startup_panel
 from pyralis.train.report.run_report import SampleAnswer
 from pyralis.train.report.summary import RunSummary, summarise
+from pyralis.train.save_result import save_result
 from pyralis.train.setup import PreparedData, PreparedModel, prepare_data, prepare_model, training_arguments
-from pyralis.train.trainer import PyralisTrainer, restore_counts
+from pyralis.train.trainer import restore_counts
 
 logger = logging.getLogger(__name__)
+
+EXAMPLES = 2  # rows of the data that a report shows
 
 
 def is_main_process() -> bool:
@@ -200,8 +204,18 @@ def _run(
     mfu = None if preferences else mfu_of(
         model.model, model.loaded.device, model.loaded.dtype, arguments.world_size
     )  # fmt: skip
-    metrics = MetricsCallback(writer, lambda: (counts.supervised, counts.total), mfu)
-    info = describe_start(config, prepared, model, trainer, start, notes)
+    parts = trainer.time_parts()
+    metrics = MetricsCallback(writer, lambda: (counts.supervised, counts.total), mfu, parts.seconds)
+    with trainer.compute_loss_context_manager():
+        predicted = predict_memory(config, model.model, prepared.data.train)
+    info = describe_start(config, prepared, model, trainer, start, notes, predicted)
+    memory = MemoryCount(arguments.device, in_parts=bool(config.deepspeed or config.fsdp))
+    trainer.add_callback(memory)
+    rows = prepared.data.train if isinstance(prepared.data.train, Dataset) else ()
+    write = partial(
+        write_outcome, output_dir, info, effective=config.effective(), data=prepared.data.report,
+        examples=list(shown_rows(rows, prepared.tokenizer, EXAMPLES)),
+    )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(metrics)
@@ -230,7 +244,7 @@ def _run(
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         except NotFiniteError:
             if main:  # what led there can be looked at
-                write_outcome(output_dir, info, metrics.history, config.effective(), prepared.data.report, None, ())
+                write(metrics.history, batches=None, samples=())
                 write_json(output_dir / RUN_NAME, run_record(output_dir) | {"status": "stopped"})
             raise
         finally:
@@ -245,14 +259,13 @@ def _run(
     samples = sample_answers(questions, before, after, metrics.history)
     summary = summarise(metrics.history)
     if main and not interrupted:
-        _save_result(trainer, output_dir, model_card(info, summary))
+        save_result(trainer, output_dir, model_card(info, summary))
     files = OutcomeFiles(metrics=output_dir / METRICS_NAME)
     if main:
         result = [] if interrupted else result_notes(trainer.best_loaded, metrics.history)
         batches = data_stats(prepared.data.train, config)
-        files = write_outcome(
-            output_dir, info, metrics.history, config.effective(), prepared.data.report, batches, samples, result
-        )
+        table = memory_table(plan_of(model.model, predicted), memory.found, summary)
+        files = write(metrics.history, batches=batches, samples=samples, notes=result, memory=table)
         outcome = {"step": trainer.state.global_step, **summary_facts(summary)}
         write_json(output_dir / RUN_NAME, run_record(output_dir) | {"status": status, **outcome})
         if samples:
@@ -280,16 +293,3 @@ def _answers(
             questions,
             max_new_tokens=config.sample_max_new_tokens,
         )
-
-
-def _save_result(trainer: PyralisTrainer, output_dir: Path, card: str) -> None:
-    """Adapter or model, tokenizer, template, card: written into a folder beside, then moved in. The run's record names
-    them first, so that a run that starts anew finds all of them to clear away."""
-    staging = output_dir / f"{STAGING_PREFIX}result"
-    shutil.rmtree(staging, ignore_errors=True)
-    with save_errors_named(f"the result could not be saved into {output_dir}", staging, output_dir):
-        trainer.save_model(str(staging))
-        write_text(staging / "README.md", card)
-        names = sorted(path.name for path in staging.iterdir())
-        write_json(output_dir / RUN_NAME, run_record(output_dir) | {"result": names})
-        publish(staging, output_dir)

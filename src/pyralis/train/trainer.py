@@ -27,13 +27,14 @@ from pyralis.train.config.refusals import refusals_named
 from pyralis.train.fast_loss import FastLossTrainer
 from pyralis.train.loss import IGNORE_INDEX, supervised_loss_sum
 from pyralis.train.sampling import EveryRowEvaluated, GroupedRows
+from pyralis.train.timed_trainer import TimedTrainer
 from pyralis.train.token_counts import TokenCounts
 from pyralis.train.watch.watched_trainer import WatchedTrainer
 
 COUNTS_NAME = "pyralis_counts.json"
 
 
-class PyralisTrainer(BestModel, GroupedRows, EveryRowEvaluated, FastLossTrainer, WatchedTrainer):
+class PyralisTrainer(TimedTrainer, BestModel, GroupedRows, EveryRowEvaluated, FastLossTrainer, WatchedTrainer):
     """`transformers.Trainer` for causal language models, at a fraction of its CPU time (`LeanTrainer`).
 
     - The loss of an optimizer step is the sum over its supervised tokens divided by their number, whatever the split
@@ -43,6 +44,7 @@ class PyralisTrainer(BestModel, GroupedRows, EveryRowEvaluated, FastLossTrainer,
     - The chat template lies beside every saved model.
     - Embeddings and head may have a learning rate of their own.
     - A loss or gradient that is not finite stops it, or is skipped, where `watch_steps` says so.
+    - It knows what its time goes into, where `time_parts` says so.
     """
 
     # compute_loss divides by the tokens of the whole accumulated batch, so Trainer must not divide again (5.23+ reads
@@ -186,7 +188,7 @@ class PyralisTrainer(BestModel, GroupedRows, EveryRowEvaluated, FastLossTrainer,
         run_dir = Path(self._get_output_dir(trial=trial))
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_dir / f"{STAGING_PREFIX}{final.name}"
-        with save_errors_named(f"{final} could not be saved", staging, run_dir):
+        with self.timed("saving"), save_errors_named(f"{final} could not be saved", staging, run_dir):
             self._write_checkpoint(run_dir, final, staging, trial)
 
     def _write_checkpoint(self, run_dir: Path, final: Path, staging: Path, trial: Any) -> None:

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from pyralis.data.preview import ShownRow, Stretch
 from pyralis.train.report.environment import Environment, Gpu
-from pyralis.train.report.metric_rows import Metric, StepMetrics
+from pyralis.train.report.memory_table import MemoryRow, MemoryTable
+from pyralis.train.report.metric_rows import Metric, RunEvent, StepMetrics
 from pyralis.train.report.panel import StartupInfo
+from pyralis.train.report.reproduction import Reproduction
 from pyralis.train.report.run_report import (
     DataSummary,
     DroppedRows,
@@ -73,7 +76,38 @@ def info(startup: StartupInfo, history: list[Metric]) -> ReportInfo:
         config={"lora_rank": 64, "train_file": ["a.jsonl", "数据.jsonl"], "gradient_checkpointing": True},
         environment=environment,
         data=DataSummary(
-            ("a.jsonl",), 12400, 12345, 7, (DroppedRows("too long", 55, ("a.jsonl:3",)),), (LengthBin(0, 64, 9),)
+            ("a.jsonl",),
+            12400,
+            12345,
+            7,
+            (DroppedRows("too long", 55, ("a.jsonl:3",)),),
+            (LengthBin(0, 64, 9),),
+            examples=(
+                ShownRow(
+                    "row 1: 9 tokens, 4 learnt",
+                    (
+                        Stretch("<s>", False, True),
+                        Stretch("你是谁？", False),
+                        Stretch("Lumen.", True),
+                        Stretch("</s>", True, True),
+                    ),
+                ),
+            ),
+        ),
+        memory=MemoryTable(
+            (MemoryRow("weights", "权重", 5 << 30, 4 << 30, 0.5), MemoryRow("everything else", "其余", None, 3 << 30)),
+            8 << 30,
+            7 << 30,
+            True,
+            (MemoryRow("CUDA context", "CUDA 上下文", 560 << 20),),
+            ("layers 0-27: all is kept",),
+        ),
+        reproduction=Reproduction(
+            "pyralis train out/pyralis_config.json output_dir=NEW_FOLDER",
+            42,
+            "0123abcd",
+            {"pyralis": "fedcba-dirty"},
+            False,
         ),
         samples=(SampleAnswer("你是谁？", "an assistant", "Lumen"),),
         notes=("a note",),
@@ -87,8 +121,34 @@ def test_everything_is_in_it(info: ReportInfo) -> None:
         '["a.jsonl", "数据.jsonl"]', "true", "NVIDIA H100", "9.0", "torch 2.13.0", "你是谁？", "an assistant", "Lumen",
         "55: too long", "a.jsonl:3, …", "43 rows were dropped", "a note", "the template is 'qwen'", "Peak memory",
         "stock transformers on all 28 layers", "Effective config",
+        "Qwen2.5-7B-Instruct was trained on 12,345 rows of answers (qlora)", "of 7.62B parameters, 40 steps",
+        "在 12,345 行回答上训练", "9 tokens, 4 learnt", "Memory at the peak", "5.00 GiB", "everything else",
+        "beside it: CUDA context", "560 MiB", "layers 0-27: all is kept", "How to do it again", "fedcba-dirty",
+        "output_dir=NEW_FOLDER", "the same up to rounding",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_what_is_learnt_is_marked(info: ReportInfo) -> None:
+    html = render_report(info)
+    assert '<span class="special">&lt;s&gt;</span><span>你是谁？</span><mark>Lumen.</mark>' in html
+    assert '<mark class="special">&lt;/s&gt;</mark>' in html
+
+
+def test_what_the_time_went_into(info: ReportInfo) -> None:
+    last = info.metrics[-1]
+    assert isinstance(last, RunEvent)
+    parts = {"compute": 15.0, "data": 4.5, "saving": 0.5, "other": 0.0}
+    timed = dataclasses.replace(info, metrics=[*info.metrics[:-1], dataclasses.replace(last, seconds_by_part=parts)])
+    html = render_report(timed)
+    rows = re.findall(
+        r'"key c\d"></i>.*?lang="en">(.*?)</span>.*?<td class="right">(.*?)</td><td class="right">(.*?)</td>', html
+    )
+    assert rows == [
+        ("forward and backward", "0:15", "75 %"), ("waiting for data", "4.5 s", "22 %"), ("saving", "0.5 s", "2.5 %"),
+    ]  # fmt: skip
+    assert "75 % of it in forward and backward" in html
+    assert "by the CPU's clock" in Page(html).text
 
 
 def test_what_comes_from_the_user_is_never_code(info: ReportInfo) -> None:
@@ -100,7 +160,12 @@ def test_what_comes_from_the_user_is_never_code(info: ReportInfo) -> None:
         metrics=info.metrics,
         config={ATTACK: ATTACK, "list": [ATTACK]},
         environment=dataclasses.replace(info.environment, cpu=ATTACK, gpus=(Gpu(ATTACK, 1.0, (9, 0)),)),
-        data=DataSummary((ATTACK,), 1, 1, 0, (DroppedRows(ATTACK, 1, (ATTACK,)),)),
+        data=DataSummary(
+            (ATTACK,), 1, 1, 0, (DroppedRows(ATTACK, 1, (ATTACK,)),),
+            examples=(ShownRow(ATTACK, (Stretch(ATTACK, True), Stretch(ATTACK, False, True))),),
+        ),
+        memory=dataclasses.replace(info.memory, plan=(ATTACK,)),  # type: ignore[type-var]
+        reproduction=Reproduction(ATTACK, 42, ATTACK, {ATTACK: ATTACK}, True),
         samples=(SampleAnswer(ATTACK, ATTACK, ATTACK),),
         notes=(ATTACK,),
         warnings=(ATTACK,),
@@ -143,10 +208,23 @@ def test_what_there_is_not_is_left_out(info: ReportInfo, make_step: Callable[...
         samples=(),
         notes=(),
         metrics=(),
+        memory=None,
+        reproduction=None,
         startup=dataclasses.replace(info.startup, notes=(), warnings=()),
     )
     text = Page(render_report(bare)).text
-    for part in ("Answers before", "Notes", "Warnings", "Loss by step", "files", "None", "Evaluation loss"):
+    for part in (
+        "Answers before",
+        "Notes",
+        "Warnings",
+        "Loss by step",
+        "files",
+        "None",
+        "Evaluation loss",
+        "went into",
+        "Memory",
+        "again",
+    ):
         assert part not in text, part
     assert "No step was trained." in text
     Page(render_report(dataclasses.replace(bare, metrics=(make_step(1, float("nan")),))))

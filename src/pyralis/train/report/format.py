@@ -57,6 +57,13 @@ def gib_text(gib: float | None) -> str:
     return "-" if gib is None else f"{gib:.2f} GiB" if gib < 10 else f"{gib:.1f} GiB"
 
 
+def bytes_text(size: int | None) -> str:
+    """123456789 -> "118 MiB", 5e9 -> "4.66 GiB"."""
+    if size is None or size >= 2**30:
+        return gib_text(None if size is None else size / 2**30)
+    return f"{_three_digits(size / 2**20)} MiB"
+
+
 def percent_text(share: float) -> str:
     """0.0351 -> "3.5 %", 0.00042 -> "0.042 %", 0.65 -> "65 %"."""
     percent = share * 100

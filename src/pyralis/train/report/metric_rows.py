@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -46,6 +46,7 @@ class StepMetrics:
     elapsed_seconds: float
     mfu: float | None = None
     window_steps: int = 1
+    seconds_by_part: dict[str, float] | None = None  # cumulative, by the parts of `train/part_clock.py`
     reward_chosen: float | None = None  # these four of preference training: means over the window's pairs
     reward_rejected: float | None = None
     reward_margin: float | None = None
@@ -87,6 +88,7 @@ class RunEvent:
     total_tokens: int
     elapsed_seconds: float
     message: str = ""
+    seconds_by_part: dict[str, float] | None = None
 
 
 def rewards_of(logs: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
@@ -102,13 +104,21 @@ _KINDS: dict[str, type[StepMetrics] | type[EvalMetrics] | type[SampledAnswers] |
     "samples": SampledAnswers,
     "event": RunEvent,
 }
+
+
+def parts_so_far(metrics: Sequence[Metric]) -> dict[str, float]:
+    """The newest `seconds_by_part`; empty where none was measured."""
+    measured = (m.seconds_by_part for m in reversed(metrics) if isinstance(m, StepMetrics | RunEvent))
+    return next((parts for parts in measured if parts), {})
+
+
 _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
 
 
 def to_json(metric: Metric) -> str:
     """One line of `metrics.jsonl`, without its newline."""
     row: dict[str, Any] = {"kind": _KIND_OF[type(metric)], **asdict(metric)}
-    row = {k: v for k, v in row.items() if v is not None or not k.startswith("reward_")}
+    row = {k: v for k, v in row.items() if v is not None or not k.startswith(("reward_", "seconds_by_part"))}
     odd = {k: str(v) for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     if odd:
         row |= dict.fromkeys(odd) | {"not_finite": odd}

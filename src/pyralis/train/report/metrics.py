@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pyralis.train.report.metric_rows import (
     RunEvent,
     SampledAnswers,
     StepMetrics,
+    parts_so_far,
     read_metrics,
     rewards_of,
 )
@@ -39,8 +40,8 @@ class MetricsCallback(TrainerCallback):
     """Measures a run of the HF Trainer. Add it before the callbacks that read `latest` and `history`.
 
     `counts` returns the (supervised, all) tokens of the run so far, over all ranks and resumed parts. `writer` is None
-    on every rank but the first. `mfu` turns tokens per second into a share of the peak. The first and the last step are
-    always logged, whatever `logging_steps` says.
+    on every rank but the first. `mfu` turns tokens per second into a share of the peak. `parts` returns the seconds of
+    this process's training by part. The first and the last step are always logged, whatever `logging_steps` says.
     """
 
     def __init__(
@@ -48,14 +49,16 @@ class MetricsCallback(TrainerCallback):
         writer: MetricsWriter | None,
         counts: Callable[[], tuple[int, int]],
         mfu: Callable[[float], float] | None = None,
+        parts: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
-        self.writer, self.counts, self.mfu = writer, counts, mfu
+        self.writer, self.counts, self.mfu, self.parts = writer, counts, mfu, parts
         self.history: list[Metric] = list(writer.kept) if writer else []
         self.latest: StepMetrics | None = None
         self._step = self._window_step = 0
         self._begin = self._window_begin = self._mark = time.perf_counter()
         self._aside = self._elapsed_before = 0.0
         self._window_counts = (0, 0)
+        self._parts_before = parts_so_far(self.history)
 
     def record_event(self, event: EventName, message: str = "", step: int | None = None) -> None:
         """For what the Trainer has no callback for. step: the present one unless given."""
@@ -113,6 +116,7 @@ class MetricsCallback(TrainerCallback):
             elapsed_seconds=self._elapsed(),
             mfu=self.mfu(total / seconds) if self.mfu else None,
             window_steps=state.global_step - self._window_step,
+            seconds_by_part=self._by_part(),
             **rewards_of(logs),
         )
         self._record(self.latest)
@@ -160,7 +164,12 @@ class MetricsCallback(TrainerCallback):
         self._mark = now
 
     def _event(self, event: EventName, step: int, message: str = "") -> None:
-        self._record(RunEvent(event, step, *self.counts(), self._elapsed(), message))
+        self._record(RunEvent(event, step, *self.counts(), self._elapsed(), message, self._by_part()))
+
+    def _by_part(self) -> dict[str, float] | None:
+        if self.parts is None:
+            return None
+        return {part: round(self._parts_before.get(part, 0.0) + now, 3) for part, now in self.parts().items()}
 
     def _record(self, metric: Metric) -> None:
         self.history.append(metric)

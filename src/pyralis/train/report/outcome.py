@@ -10,18 +10,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 
+from pyralis.data.preview import ShownRow
 from pyralis.data.report import DataReport
 from pyralis.data.stats import Batching, BatchStats
+from pyralis.memory.explain import memory_rows
+from pyralis.memory.gpus import GIB
 from pyralis.train.checkpoints.checkpoint import StartPoint
 from pyralis.train.config.train_config import TrainConfig
-from pyralis.train.report.environment import describe_environment
+from pyralis.train.predicted_memory import Prediction
+from pyralis.train.report.environment import code_commits, describe_environment
 from pyralis.train.report.format import loss_text, number_of
 from pyralis.train.report.language import words
+from pyralis.train.report.memory_table import MemoryTable
 from pyralis.train.report.metric_rows import EvalMetrics, Metric
 from pyralis.train.report.panel import DataLine, FinalInfo, StartupInfo
+from pyralis.train.report.part_shares import waiting_note
 from pyralis.train.report.plot import plot_loss
-from pyralis.train.report.run_report import DataSummary, DroppedRows, ReportInfo, SampleAnswer, write_report
-from pyralis.train.report.summary import RunSummary
+from pyralis.train.report.reproduction import reproduction
+from pyralis.train.report.run_report import (
+    DataSummary,
+    DroppedRows,
+    ReportInfo,
+    SampleAnswer,
+    write_report,
+)
+from pyralis.train.report.summary import RunSummary, summarise
 from pyralis.train.report.svg import LengthBin
 from pyralis.train.setup import PreparedData, PreparedModel, checkpoints_layers
 
@@ -47,6 +60,7 @@ def describe_start(
     trainer: PyralisTrainer,
     start: StartPoint,
     notes: Sequence[str],
+    predicted: Prediction,
 ) -> StartupInfo:
     report = prepared.data.report
     data = [DataLine("train", report.sequences, report.tokens, report.supervised_tokens)]
@@ -57,6 +71,7 @@ def describe_start(
     rows = prepared.data.train
     steps, epochs = batching.steps(len(rows) if isinstance(rows, Dataset) else batching.rows)
     memory = "layers recomputed in the backward pass" if checkpoints_layers(config, model.loaded.device) else ""
+    plan = predicted.plan
     return StartupInfo(
         model=config.model_name_or_path,
         architecture=str(getattr(model.loaded.model.config, "model_type", "")),
@@ -79,6 +94,9 @@ def describe_start(
         quantization=_quantization_text(config, model),
         max_seq_length=config.max_seq_length,
         acceleration=[*model.acceleration.lines, *([memory] if memory else [])],
+        predicted_memory_gib=None if plan is None else sum(size for _, size in memory_rows(plan)) / GIB,
+        available_memory_gib=_gpu_gib(model.loaded.device),
+        unpredicted=predicted.reason,
         resumed_from=str(start.checkpoint) if start.checkpoint else None,
         notes=[*notes, *start.notes, *model.loaded.notes],
         warnings=[*report.warnings, *model.notes],
@@ -103,10 +121,14 @@ def _quantization_text(config: TrainConfig, model: PreparedModel) -> str | None:
     return f"{config.quant_type.upper()} weights" + (", double quantisation" if config.double_quant else "")
 
 
+def _gpu_gib(device: torch.device) -> float | None:
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
+
+
 def _device_text(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
     return f"CPU, {number_of(torch.get_num_threads(), 'thread')}"
 
 
@@ -119,6 +141,9 @@ def write_outcome(
     batches: BatchStats | None,
     samples: Sequence[SampleAnswer],
     notes: Sequence[str] = (),
+    *,
+    memory: MemoryTable | None = None,
+    examples: Sequence[ShownRow] = (),
 ) -> OutcomeFiles:
     """Draw `loss.png` and write `report.html` into the output folder. notes: beside those of `info`."""
     plot_loss(metrics, output_dir / PICTURE_NAME, title=Path(info.model).name)
@@ -143,7 +168,10 @@ def write_outcome(
                 shared=0 if data.eval is None else data.eval.shared,
                 packed_fill=data.packed_fill,
                 batches=batches,
+                examples=examples,
             ),
+            reproduction=reproduction(output_dir, effective),
+            memory=memory,
             samples=samples,
             notes=notes,
             title=Path(info.model).name,
@@ -193,12 +221,15 @@ def final_info(
 
 def result_notes(best_step: int | None, metrics: Sequence[Metric]) -> list[str]:
     """best_step: the step whose model is the result, where that is not the last one."""
+    waiting = waiting_note(summarise(metrics))
+    notes = [] if waiting is None else [waiting]
     if best_step is None:
-        return []
+        return notes
     loss = next((m.loss for m in metrics if isinstance(m, EvalMetrics) and m.step == best_step), None)
     return [
+        *notes,
         f"the result is the model of step {best_step}, whose evaluation loss was the lowest ({loss_text(loss)}): "
-        "load_best_model_at_end"
+        "load_best_model_at_end",
     ]
 
 
@@ -211,10 +242,12 @@ def run_facts(status: str, prepared: PreparedData, model: PreparedModel) -> dict
         "rope_scaled_to": model.loaded.rope_scaled_to,
         "model_type": model.loaded.model.config.model_type,
         "data_digest": prepared.data.digest,
+        "device": _device_text(model.loaded.device),
+        "commits": code_commits(),
         "versions": dict(describe_environment().packages),
     }
 
 
 def summary_facts(summary: RunSummary) -> dict[str, Any]:
     names = ("first_loss", "last_loss", "last_eval_loss", "seconds", "supervised_tokens", "total_tokens")
-    return {name: getattr(summary, name) for name in names}
+    return {name: getattr(summary, name) for name in names} | {"seconds_by_part": dict(summary.seconds_by_part)}

@@ -30,6 +30,7 @@ def render_page(name: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     jinja.filters |= {
+        "bytes": numbers.bytes_text,
         "count": numbers.count_text,
         "duration": numbers.duration_text,
         "gib": numbers.gib_text,

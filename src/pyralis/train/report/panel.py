@@ -16,6 +16,7 @@ from rich.text import Text
 
 from pyralis.train.report.format import count_text, duration_text, gib_text, loss_text, number_of, percent_text
 from pyralis.train.report.language import words
+from pyralis.train.report.part_shares import parts_text
 from pyralis.train.report.summary import RunSummary
 
 MOOD_STYLE = {"good": "green", "warn": "yellow", "bad": "red"}
@@ -33,7 +34,10 @@ class DataLine:
 
 @dataclass(frozen=True, slots=True)
 class StartupInfo:
-    """What is about to be trained. Memory is per GPU in GiB; None where it is not known."""
+    """What is about to be trained. Memory is per GPU in GiB; None where it is not known.
+
+    unpredicted: why nothing is predicted, on a GPU.
+    """
 
     model: str
     architecture: str
@@ -58,6 +62,7 @@ class StartupInfo:
     acceleration: Sequence[str] = ()
     predicted_memory_gib: float | None = None
     available_memory_gib: float | None = None
+    unpredicted: str | None = None
     resumed_from: str | None = None
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
@@ -100,10 +105,14 @@ def startup_panel(info: StartupInfo) -> RenderableType:
     _add(table, words("optimizer", "优化器"), _joined(info.optimizer, rate, info.schedule))
     for number, text in enumerate(info.acceleration):
         _add(table, "" if number else words("acceleration", "加速"), text)
+    there = info.available_memory_gib
     if info.predicted_memory_gib is not None:
-        predicted, there = gib_text(info.predicted_memory_gib), info.available_memory_gib
+        predicted = gib_text(info.predicted_memory_gib)
         of = "" if there is None else words(f" of {gib_text(there)}", f"，共 {gib_text(there)}")
         _add(table, words("memory", "显存"), words(f"{predicted} predicted", f"预计 {predicted}") + of)
+    elif info.unpredicted is not None:
+        why = words(f"not predicted: {info.unpredicted}", f"无法预计：{info.unpredicted}")
+        _add(table, words("memory", "显存"), _joined(None if there is None else gib_text(there), why))
     _add(table, words("output", "输出"), str(info.output_dir))
     if info.resumed_from:
         _add(table, words("resumes", "续训自"), info.resumed_from)
@@ -139,6 +148,8 @@ def final_panel(info: FinalInfo) -> RenderableType:
     elif summary.peak_host_memory_gib is not None:
         peak = words("peak of the process", "进程内存峰值")
         _add(table, words("memory", "内存"), f"{gib_text(summary.peak_host_memory_gib)} {peak}")
+    if summary.seconds_by_part:
+        _add(table, words("spent on", "时间分布"), parts_text(summary))
     if summary.skipped:
         count = _number_of(len(summary.skipped), "step", "步")
         why = words(f"{count} whose loss or gradient was not finite", f"{count}的损失或梯度不是有限值")

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyralis.data.preview import ShownRow, shortened
 from pyralis.data.stats import BatchStats
 from pyralis.models.staging import write_text
 from pyralis.train.report.environment import Environment
 from pyralis.train.report.loss_chart import loss_chart
+from pyralis.train.report.memory_table import MemoryTable
 from pyralis.train.report.metric_rows import Metric
 from pyralis.train.report.page import render_page
 from pyralis.train.report.panel import StartupInfo
+from pyralis.train.report.part_shares import part_shares
+from pyralis.train.report.reproduction import Reproduction
 from pyralis.train.report.reward_chart import reward_chart
+from pyralis.train.report.run_words import run_in_words
 from pyralis.train.report.summary import summarise
 from pyralis.train.report.svg import LengthBin, length_chart
 
@@ -45,6 +50,7 @@ class DataSummary:
     shared: int = 0
     packed_fill: float | None = None
     batches: BatchStats | None = None
+    examples: Sequence[ShownRow] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,8 @@ class ReportInfo:
     config: Mapping[str, Any]
     environment: Environment
     data: DataSummary | None = None
+    reproduction: Reproduction | None = None
+    memory: MemoryTable | None = None
     samples: Sequence[SampleAnswer] = ()
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
@@ -84,11 +92,15 @@ def write_report(path: str | Path, info: ReportInfo) -> None:
 
 def render_report(info: ReportInfo) -> str:
     """The page. It asks for nothing from outside, and its policy lets no script run but its own."""
+    summary = summarise(info.metrics)
     return render_page(
         "report",
         info=info,
         run=info.startup,
-        summary=summarise(info.metrics),
+        summary=summary,
+        words=run_in_words(info.startup, summary),
+        parts=part_shares(summary),
+        examples=[shortened(row) for row in (info.data.examples if info.data else ())],
         title=info.title or info.startup.model,
         notes=[*info.startup.notes, *info.notes],
         warnings=[*info.startup.warnings, *info.warnings],

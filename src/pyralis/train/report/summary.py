@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pyralis.train.report.format import loss_text, number_of, percent_text
-from pyralis.train.report.metric_rows import EvalMetrics, Metric, RunEvent, StepMetrics
+from pyralis.train.report.metric_rows import EvalMetrics, Metric, RunEvent, StepMetrics, parts_so_far
 
 OVERFIT_RISE = 0.02
 """How far, as a share, the evaluation loss may rise above its minimum before we speak of overfitting."""
@@ -58,6 +58,7 @@ class RunSummary:
     rewards: Rewards | None = None
     skipped: Sequence[RunEvent] = ()  # steps left out because a loss or gradient was not finite
     spikes: Sequence[RunEvent] = ()  # steps whose loss stands out (spikes.py)
+    seconds_by_part: Mapping[str, float] = field(default_factory=dict)  # empty where it was not measured
 
 
 def summarise(metrics: Sequence[Metric]) -> RunSummary:
@@ -88,6 +89,7 @@ def summarise(metrics: Sequence[Metric]) -> RunSummary:
         rewards=_rewards(evals) or _rewards(steps),
         skipped=[m for m in events if m.event == "skipped"],
         spikes=[m for m in events if m.event == "spike"],
+        seconds_by_part=parts_so_far(metrics),
     )
 
 
