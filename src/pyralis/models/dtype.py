@@ -94,7 +94,7 @@ def choose_dtype(requested: DtypeName, device: torch.device) -> DtypeChoice:
                 return DtypeChoice(torch.bfloat16)
             return DtypeChoice(torch.float16, f"float16: {name} has no bfloat16")
         if requested == "bfloat16" and not has_bfloat16:
-            raise ModelError(f"{name} has no bfloat16: use float16 (`fp16: true`) or float32.")
+            raise ModelError(f"{name} has no bfloat16: use float16 (`fp16: true`, `bf16: false`) or float32.")
         if requested == "float16" and has_bfloat16:
             return DtypeChoice(
                 torch.float16, f"float16 as asked; {name} also has bfloat16, which needs no loss scaling"
