@@ -62,3 +62,9 @@ class SaveError(PyralisError, OSError):
     """A checkpoint or result that could not be written: a full disk, a quota, a folder gone."""
 
     exit_code = 4
+
+
+class DeviceError(PyralisError, RuntimeError):
+    """A GPU that does nothing any more in this process."""
+
+    exit_code = 1

@@ -32,9 +32,8 @@ def make(
     sizes = SIZES if "head_dim" not in FAMILIES[family] else {**SIZES, "head_dim": 64}
     model = build_tiny_model(family, **sizes)
     torch.manual_seed(3)
-    tuned: Any = get_peft_model(
-        model, LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False, target_modules="all-linear", **lora)
-    )
+    settings = {"r": 4, "lora_dropout": dropout, "init_lora_weights": False, "target_modules": "all-linear", **lora}
+    tuned: Any = get_peft_model(model, LoraConfig(**settings))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     tuned.get_base_model().to(dtype=dtype)
     for name, parameter in tuned.named_parameters():

@@ -22,6 +22,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+
+class Fault(BaseException):
+    """What would be wrong with a graph. No `Exception`: nothing that goes on without a recording may swallow it."""
+
+
 Storage = torch.UntypedStorage
 ALLOCATES = ("aten::empty", "aten::new_empty")
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::_unique")
@@ -164,7 +169,8 @@ class _Tape(TorchDispatchMode):
             self.inside[key] = Storage(size) if live is None else live
         for key, values in self.before.items():
             outside = Storage._new_with_weak_ptr(key)
-            assert outside is not None, "memory that was written to has gone"
+            if outside is None:
+                raise Fault("memory that was written to has gone")
             outside.copy_(values)
         self.before.clear()
 
@@ -193,9 +199,11 @@ class _Tape(TorchDispatchMode):
     def _tensor(self, place: Place) -> Tensor:
         storage = self.inside.get(place.key)
         if storage is None:
-            assert not self.seen[place.key].expired(), "a recorded step reads memory that has been given back"
+            if self.seen[place.key].expired():
+                raise Fault("a recorded step reads memory that has been given back")
             storage = Storage._new_with_weak_ptr(place.key)
-            assert storage.data_ptr() == self.outside[place.key], "memory that a recorded step reads has moved"
+            if storage.data_ptr() != self.outside[place.key]:
+                raise Fault("memory that a recorded step reads has moved")
         return place.within(storage)
 
 

@@ -71,6 +71,8 @@ class CapturedStep:
         compute: Callable[[StaticBatch], Tensor], store: StepStore,
     ) -> None:  # fmt: skip
         self.static, self.gradients, self.weights = static, gradients, weights
+        # What the layers compute with, held as long as the graphs; by now a layer may have laid out other states.
+        self._states = tuple(layer.state for layer in weights.layers)
         self._grad = torch.ones((), dtype=torch.float32, device=static.input_ids.device)
         self._loss: Tensor | None = None
 
@@ -88,13 +90,15 @@ class CapturedStep:
 
         with gradients.bound(), torch.enable_grad():
             self._forward = recorder.record(forward)
-            self._backward = recorder.record(backward)
+            with torch.autocast(static.input_ids.device.type, enabled=False):  # as backwards usually run
+                self._backward = recorder.record(backward)
         if self._loss is not None:  # recorded: the tape has served
             self._loss = self._loss.detach()
         self._host_memory = store.buffers  # which the graphs copy from and to, whatever becomes of the store
 
     def forward(self, batch: Bucketed, num_items: Tensor | float | None) -> Tensor:
         self.static.fill(batch, num_items)
+        self.weights.before_replay(self._states)
         with torch.enable_grad():
             self._forward()
         self.weights.after_replay()
@@ -104,41 +108,63 @@ class CapturedStep:
     def backward(self, grad: Tensor) -> None:
         self._grad.copy_(grad)
         apart = self.gradients.prepare()
+        self.weights.before_replay(self._states)  # a forward of another state may have come between
         self._backward()
         self.weights.after_replay()
         self.gradients.settle(apart)
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A forward whose backward may come."""
+class Replay:
+    """One use of a recorded step. recover: makes the gradient where the recorded backward cannot, of the error and the
+    gradient of the loss."""
 
-    done: bool = False
+    step: CapturedStep | None  # None once its backward has run: a loss that is kept keeps no graph
+    batch: Bucketed
+    num_items: Tensor | float | None
+    recover: Callable[[Exception, Tensor], None] | None
 
+    @property
+    def done(self) -> bool:
+        return self.step is None
 
-def replayed(
-    step: CapturedStep, batch: Bucketed, num_items: Tensor | float | None, ticket: Ticket, inputs: Sequence[Tensor]
-) -> Tensor:
-    """The loss, whose backward is the step's. inputs: tensors that require a gradient; they get none from autograd."""
-    return _Replayed.apply(step, batch, num_items, ticket, *inputs)  # type: ignore[no-any-return]
+    def forward(self) -> Tensor:
+        assert self.step is not None
+        return self.step.forward(self.batch, self.num_items)
 
-
-class _Replayed(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, step: CapturedStep, batch: Bucketed, num_items: Tensor | float | None, ticket: Ticket, *_: Tensor
-    ) -> Tensor:
-        ctx.step, ctx.ticket = step, ticket
-        return step.forward(batch, num_items)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        if ctx.ticket.done:
+    def backward(self, grad: Tensor) -> None:
+        if self.step is None or self.recover is None:
             raise RuntimeError(
                 "a recorded step was asked for its gradient a second time; the first has overwritten its activations. "
                 'Call backward once for each forward, or `use_step_graphs(model, "off")`.'
             )
-        ctx.ticket.done = True
-        ctx.step.backward(grad)
+        failure = self._backward(grad, self.step)
+        recover, self.recover = self.recover, None
+        if failure is not None:
+            recover(failure, grad)
+
+    def _backward(self, grad: Tensor, step: CapturedStep) -> Exception | None:
+        self.step = None
+        try:
+            step.backward(grad)
+        except Exception as error:  # whatever it was, the gradient can be computed without the graph
+            return error.with_traceback(None)  # its frames hold the step, whose memory may be needed
+        return None
+
+
+def replayed(replay: Replay, inputs: Sequence[Tensor]) -> Tensor:
+    """The loss, whose backward is the step's. inputs: tensors that require a gradient; they get none from autograd."""
+    return _Replayed.apply(replay, *inputs)  # type: ignore[no-any-return]
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, replay: Replay, *_: Tensor) -> Tensor:
+        ctx.replay = replay
+        return replay.forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        ctx.replay.backward(grad)
         return (None,) * len(ctx.needs_input_grad)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyralis.engine.buckets import Bucketed, bucket_rows, to_bucket
@@ -33,6 +34,10 @@ class RecordableStep:
     @property
     def key(self) -> Hashable:
         return self.batch.shape, self.rows, self.request.label_smoothing, self.request.num_items is None
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch.input_ids.device
 
     def loss(self, batch: Bucketed | StaticBatch, num_items: Tensor | float | None) -> Tensor:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.positions, "use_cache": False}

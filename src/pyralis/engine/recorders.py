@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
 
+from pyralis.errors import DeviceError
 from pyralis.ops._capture import mend_capture
 
 Work = Callable[[], None]
@@ -22,7 +25,7 @@ class Recorder(Protocol):
         """All that was recorded is gone."""
 
     def mend(self) -> None:
-        """A recording has failed."""
+        """A recording or a replay has failed. Raises RuntimeError where the device does nothing any more."""
 
 
 class Rerun:
@@ -46,17 +49,23 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)
 
     def record(self, work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a data loader that pins memory) may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        try:
+            # Other threads (a data loader that pins memory, NCCL's watchdog) may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(stream)  # torch stays on the other one where the capture's end raises
         return graph.replay
 
     def renew(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()  # a pool dies with its last graph
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a device that is lost: so says whatever asks it next
+            torch.cuda.empty_cache()
 
     def mend(self) -> None:
+        torch.cuda.synchronize(self._stream.device)
+        torch.cuda.empty_cache()
         mend_capture()
 
 
@@ -65,12 +74,41 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return CudaGraphs(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
+def mended(recorder: Recorder, error: Exception) -> None:
+    """`recorder.mend()` after `error`. Raises DeviceError where the device does nothing any more."""
+    try:
+        recorder.mend()
+    except RuntimeError as lost:
+        if is_shortage(lost):
+            return
+        raise DeviceError(
+            f"The GPU stopped at a recorded training step ({first_line(error)}) and does nothing more in this process "
+            f"({first_line(lost)}). Start again with `cuda_graph: off`, which launches each kernel by itself; with "
+            "CUDA_LAUNCH_BLOCKING=1 beside it the one that fails is named."
+        ) from error
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's collector waits: what it finds may belong to a device, and letting go of that can break a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def is_shortage(error: BaseException) -> bool:
-    """Whether a recording failed for want of memory. Ending the capture that it broke may have raised another error."""
+    """Whether work failed for want of memory. Ending the capture that it broke may have raised another error; what
+    CUDA itself could not have (for the nodes of a graph, say) comes as an error of no class of its own."""
     found: BaseException | None = error
-    while found is not None and not isinstance(found, torch.OutOfMemoryError):
+    while found is not None:
+        if isinstance(found, torch.OutOfMemoryError) or "out of memory" in str(found):
+            return True
         found = found.__cause__ or found.__context__
-    return found is not None
+    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,9 @@ what no capture may do), and then recorded. A recorded step holds as long as the
 switched or disabled, layers checkpointed, weights moved, dropout off, autocast changed each have steps of their own.
 What cannot be recorded runs as before, and `StepGraphs.reason` says why.
 
+Before its first replay a recorded step is held against the same micro-batch run (`proof.py`). Where they differ, or a
+replay fails, there are no recorded steps any more, and training goes on without.
+
 Steps share one memory pool. The largest is recorded first, for a pool that has grown cannot serve a larger one: when a
 larger one comes, the others are dropped and recorded anew. So they are where memory runs short.
 """
@@ -23,16 +26,17 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pyralis.engine.captured_step import CapturedStep, StaticBatch, Ticket, replayed
+from pyralis.engine.captured_step import Replay, replayed
+from pyralis.engine.proof import Proof, gradients_of
 from pyralis.engine.recordable import RecordableStep, recordable
-from pyralis.engine.recorders import Recorder, first_line, is_shortage, recorder_for
-from pyralis.engine.step_gradients import StepGradients
+from pyralis.engine.recorded_steps import RecordedSteps
+from pyralis.engine.recorders import Recorder, first_line, is_shortage, mended, recorder_for
+from pyralis.engine.step_check import Checked
 from pyralis.engine.step_state import step_state
-from pyralis.memory.step_store import StepStore
-from pyralis.models.block import in_recorded_step, is_distributed
+from pyralis.engine.surroundings import Surroundings
+from pyralis.models.block import is_distributed
 from pyralis.models.causal_lm import Head, LossRequest, answer_of_decoder, causal_lm_of, causal_state
 from pyralis.models.detect import Reason
-from pyralis.models.fast_path import backbone_state
 from pyralis.models.swap import is_fast
 
 CudaGraph: TypeAlias = Literal["auto", "off"]
@@ -43,7 +47,8 @@ MOST_PATIENCE = 6  # shortages of memory, each of which doubles the steps before
 FIRST_STEPS = Reason("the first steps of a shape")
 NO_GRADIENT = Reason("no gradient is wanted")
 ANOTHER = Reason("the backward of another forward is still to come")
-PASSING = (FIRST_STEPS, NO_GRADIENT, ANOTHER)  # not worth a word
+ACCUMULATED = Reason("gradients accumulated so far are too large to be kept aside while a step is checked")
+PASSING = (FIRST_STEPS, NO_GRADIENT, ANOTHER, ACCUMULATED)  # not worth a word
 NO_MEMORY = Reason("not enough memory to record a step of this shape")
 
 logger = logging.getLogger(__name__)
@@ -84,38 +89,39 @@ def step_graphs(model: nn.Module, mode: CudaGraph = "auto") -> Iterator[StepGrap
 
 
 class StepGraphs:
-    """Recorded steps of one model. reason: why the last call was not replayed; None if it was."""
+    """Recorded steps of one model.
+
+    reason: why the last call was not replayed; None if it was. checks: of each recorded step, in turn.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self.reason: Reason | None = None
         self.replays = 0
-        self._recorder = recorder
-        self._steps: dict[Hashable, CapturedStep] = {}
+        self.checks: list[Checked] = []
+        self._steps = RecordedSteps(recorder)
         self._seen: Counter[Hashable] = Counter()
         self._refused: dict[Hashable, Reason] = {}
+        self._over: Reason | None = None  # why nothing is recorded any more
         self._shortages = 0
         self._model_state: tuple[Any, ...] = ()
-        self._pending: weakref.ref[Ticket] | None = None
-        self._anchor: Tensor | None = None
-        self._store = StepStore()
+        self._pending: weakref.ref[Replay] | None = None
         self._said: set[str] = set()
 
     def drop(self) -> bool:
         """Forget all recorded steps and give their memory back; False if there were none. They are recorded anew."""
-        had = bool(self._steps)
-        self._steps.clear()
-        self._recorder.renew()
-        return had
+        return self._steps.drop()
 
     def make_room(self) -> bool:
-        """Memory ran short: give that of recorded steps back, and wait longer before the next; False if there was
-        none."""
+        """Memory ran short: give that of recorded steps back, and wait longer before the next; False: there is none."""
         if not self.drop():
             return False
+        self._wait_longer()
+        return True
+
+    def _wait_longer(self) -> None:
         self._shortages += 1
         self._seen.clear()
         logger.info("Memory ran short beside recorded training steps: they are dropped, and recorded anew later.")
-        return True
 
     def __call__(self, causal: Any, head: Head, arguments: Mapping[str, Any], request: LossRequest) -> Tensor:
         def as_it_is() -> Tensor:
@@ -126,27 +132,58 @@ class StepGraphs:
         if isinstance(found, Reason):
             self._tell(found)
             return self._roomy(as_it_is)
-        step = self._steps.get(found.key)
-        if step is None:
-            reason = self._refused.get(found.key) or self._warms_up(found) or self._record(found)
+        if found.key not in self._steps:
+            reason = self._refused.get(found.key) or self._warms_up(found) or self._record(found, as_it_is)
             if reason is not None:
                 self._tell(reason)
-                return self._roomy(partial(self._as_recorded, found) if reason is FIRST_STEPS else as_it_is)
-            step = self._steps[found.key]
-        self.reason, self.replays = None, self.replays + 1
-        step.weights.before_replay()
-        ticket = Ticket()
-        self._pending = weakref.ref(ticket)
-        device = found.batch.input_ids.device
-        inputs = step.gradients.parameters if is_distributed() else (self._anchor_on(device),)
-        return replayed(step, found.batch, request.num_items, ticket, inputs)
+                return self._roomy(partial(self._steps.run, found) if reason is FIRST_STEPS else as_it_is)
+        loss = self._replay(found)
+        return self._roomy(as_it_is) if loss is None else loss
 
-    def _find(
-        self, causal: Any, head: Head, arguments: Mapping[str, Any], request: LossRequest
-    ) -> RecordableStep | Reason:
+    def _replay(self, found: RecordableStep) -> Tensor | None:
+        """The loss from the recorded step; None if that has failed, with all as it was before."""
+        before = Surroundings.now(found.device)
+        step = self._steps[found.key]
+        inputs = step.gradients.parameters if is_distributed() else (self._steps.anchor(found.device),)
+        use = Replay(step, found.batch, found.request.num_items, partial(self._recover, found, before))
+        self._pending = weakref.ref(use)
+        try:
+            loss = replayed(use, inputs)
+        except Exception as error:  # whatever it was, the loss can be computed without the graph
+            failure = error.with_traceback(None)  # its frames hold the step
+            del use, step
+        else:
+            self.reason, self.replays = None, self.replays + 1
+            return loss
+        self._failed(failure)
+        before.random.restore()
+        return None
+
+    def _recover(self, found: RecordableStep, before: Surroundings, error: Exception, grad: Tensor) -> None:
+        """The recorded backward has failed: its gradient from a forward and a backward that are run."""
+        self._failed(error)
+        with before.again():
+            loss = self._steps.run(found, anchored=True)
+        loss.backward(grad.to(loss.dtype))
+
+    def _failed(self, error: Exception) -> None:
+        """A replay has failed: for want of memory, which is made, or there are no more recorded steps."""
+        self._steps.clear()  # before the device is asked for anything
+        mended(self._steps.recorder, error)
+        self.drop()
+        if is_shortage(error):
+            self._wait_longer()
+            self.reason = FIRST_STEPS
+        else:
+            self._over = Reason(f"a recorded step cannot be replayed: {first_line(error)}")
+            self._tell(self._over)
+
+    def _find(self, causal: Any, head: Head, arguments: Any, request: LossRequest) -> RecordableStep | Reason:
         if not torch.is_grad_enabled():
             return NO_GRADIENT
-        if self._pending is not None and (ticket := self._pending()) is not None and not ticket.done:
+        if self._over is not None:
+            return self._over
+        if self._pending is not None and (use := self._pending()) is not None and not use.done:
             return ANOTHER
         state = step_state(causal, head)
         if isinstance(state, Reason):
@@ -166,11 +203,6 @@ class StepGraphs:
             return Reason(f"{MOST_STEPS} shapes are recorded already")
         return None
 
-    def _as_recorded(self, step: RecordableStep) -> Tensor:
-        own = backbone_state(step.causal.model).kept.store
-        with in_recorded_step(None, self._store.reserving(own)):
-            return step.loss(step.batch, step.request.num_items)
-
     def _roomy(self, compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` returns; where memory is short, without the recorded steps' memory."""
         try:
@@ -180,42 +212,40 @@ class StepGraphs:
                 raise
         return compute()
 
-    def _record(self, step: RecordableStep) -> Reason | None:
-        """Why the step cannot be recorded; None if it was."""
+    def _record(self, step: RecordableStep, as_it_is: Callable[[], Tensor]) -> Reason | None:
+        """Why the step cannot be recorded; None if it was, and does what it does when it is run."""
+        if not gradients_of(step).can_be_kept_aside():
+            return ACCUMULATED
+        try:
+            proof = Proof.of(step, partial(self._steps.run, step, anchored=True), as_it_is)
+        except torch.OutOfMemoryError:
+            if not self.make_room():
+                raise
+            return FIRST_STEPS
+        if not proof.run.tells():  # of a batch in which nothing is learnt, say; another one will
+            self._seen[step.key] = 0
+            return FIRST_STEPS
         tokens = step.batch.input_ids.numel()
         if any(known.static.input_ids.numel() < tokens for known in self._steps.values()):
             self.drop()
-        reason = self._try(step)
+        reason = self._try(proof)
         if reason == NO_MEMORY and self.drop():  # the pool had less than the whole GPU
-            reason = self._try(step)
+            reason = self._try(proof)
         if reason is not None:
             self.drop()
             self._refused[step.key] = reason
         return reason
 
-    def _try(self, step: RecordableStep) -> Reason | None:
-        weights = backbone_state(step.causal.model).kept.weights
-        inside = {id(p) for p in weights.parameters}
-        outer = [p for p in step.causal.parameters() if p.requires_grad and id(p) not in inside]
-        gradients = StepGradients((*weights.parameters, *outer), weights.gradients)
-        static = StaticBatch.like(step.batch, step.request.num_items is not None)
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # what is cast while recording lives in the pool
-        try:
-            made = CapturedStep(self._recorder, static, gradients, weights, step.recorded_loss, self._store)
-        except RuntimeError as error:  # OutOfMemoryError is one
-            weights.after_replay(failed=True)
-            self._recorder.mend()
-            return NO_MEMORY if is_shortage(error) else Reason(f"it cannot be recorded: {first_line(error)}")
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-        self._steps[step.key] = made
-        return None
-
-    def _anchor_on(self, device: torch.device) -> Tensor:
-        if self._anchor is None or self._anchor.device != device:
-            self._anchor = torch.zeros((), device=device, requires_grad=True)
-        return self._anchor
+    def _try(self, proof: Proof) -> Reason | None:
+        found = self._steps.record(proof)
+        if isinstance(found, Exception):
+            return NO_MEMORY if is_shortage(found) else Reason(f"it cannot be recorded: {first_line(found)}")
+        self.checks.append(found)
+        if found.fault is not None:
+            self._over = Reason(f"a recorded step is not what it is when it is run: {found.fault}")
+        elif len(self.checks) == 1:
+            logger.info("Recorded training steps are checked: %s.", found)
+        return self._over
 
     def _tell(self, reason: Reason) -> None:
         self.reason = reason

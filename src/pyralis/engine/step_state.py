@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyralis.models.causal_lm import Head
 from pyralis.models.checkpointing import mlp_tile, save_policy
 from pyralis.models.detect import Reason
-from pyralis.models.fast_path import backbone_state, prepare_layers
-from pyralis.models.layer_state import HOOKS
+from pyralis.models.fast_path import backbone_state, prepare_layers, refuses
 from pyralis.models.swap import is_fast
+from pyralis.models.unpadding import odd_hook
 
-OUTER_HOOKS = ("NEFTune", "neftune", "make_inputs_require_grad", "_require_grads_hook")
+PLAIN = (bool, int, float, str, type(None))
+BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 
 
 def step_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
@@ -26,10 +28,12 @@ def step_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
     backbone = causal.model
     if not is_fast(backbone):
         return Reason("the decoder is not accelerated")
-    outside = [module for name, module in backbone._modules.items() if name != "layers"]
-    for module in (backbone, *outside, causal.lm_head):
-        if (hook := _odd_hook(module)) is not None:
-            return Reason(f"{type(module).__name__} has a hook, {hook}, which a recorded step would not call")
+    if (refused := refuses(backbone, {"use_cache": False})) is not None:
+        return refused
+    children = [child for name, child in backbone._modules.items() if name != "layers"]
+    outside = [module for child in (*children, causal.lm_head) for module in child.modules()]
+    if (watched := _watched(backbone, outside)) is not None:
+        return watched
     if (rope := _stretched_rope(backbone)) is not None:
         return Reason(f"RoPE of kind {rope}, whose angles depend on the longest position, of padding too")
     state = backbone_state(backbone)
@@ -40,14 +44,50 @@ def step_state(causal: Any, head: Head) -> tuple[Any, ...] | Reason:
         return Reason("the optimizer steps in the backward")
     if len({*(layer.state.device for layer in model.layers), head.weight.device}) > 1:
         return Reason("layers lie on several devices")
-    around = [t for module in (*outside, causal.lm_head) for t in (*module.parameters(), *module.buffers())]
+    around = [t for module in outside for held in (module._parameters, module._buffers) for t in held.values()]
+    around = [t for t in around if t is not None]
+    if any(t.requires_grad and (t._backward_hooks or _after(t)) for t in around):  # a replay would not call them
+        return Reason("a trained parameter has hooks on its gradient")
     kind = model.layers[0].state.device.type
     return (
         *(layer.state for layer in model.layers), model.gradients,
-        *((t.data_ptr(), t.requires_grad) for t in around), head.weight.data_ptr(),
+        *((id(t), t.data_ptr(), t.shape, t.dtype, t.requires_grad) for t in around),
+        *(_settings(module) for module in outside), head.weight.data_ptr(), head.softcap, head.logit_scale,
         tuple((save_policy(layer), mlp_tile(layer)) for layer in backbone.layers), causal.training,
         torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
+
+
+def _watched(backbone: Any, outside: Sequence[nn.Module]) -> Reason | None:
+    """What would be called in each step and could not be called in a replay."""
+    for module in (backbone, *backbone.layers, *outside):
+        if (hook := odd_hook(module)) is not None:
+            return Reason(f"{type(module).__name__} has a hook, {hook}, which a recorded step would not call")
+        if "forward" in vars(module):
+            return Reason(f"forward of {type(module).__name__} was replaced on the instance")
+    if nn.modules.module._has_any_global_hook():
+        return Reason("there are hooks on all modules, which a recorded step would not call")
+    if torch.is_anomaly_enabled():
+        return Reason("autograd looks for anomalies, which it would not see in a recorded step")
+    return None
+
+
+def _after(tensor: Tensor) -> Any:
+    return getattr(tensor, "_post_accumulate_grad_hooks", None)
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """Numbers and names that a module's forward may read: eps, scales, active adapters."""
+    found: list[Any] = [module]
+    for name, value in vars(module).items():
+        if name in BOOKKEEPING:
+            continue
+        if isinstance(value, PLAIN):
+            found += name, value
+        elif isinstance(value, dict | list | tuple):
+            held = value.values() if isinstance(value, dict) else value
+            found += name, *(v for v in held if isinstance(v, PLAIN))
+    return found
 
 
 def _stretched_rope(backbone: Any) -> str | None:
@@ -56,14 +96,4 @@ def _stretched_rope(backbone: Any) -> str | None:
     for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
         if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
             return kind
-    return None
-
-
-def _odd_hook(module: nn.Module) -> str | None:
-    """The first hook that is not known to be at home in a recorded step."""
-    for kind in HOOKS:
-        for hook in vars(module)[kind].values():
-            name = getattr(hook, "__qualname__", type(hook).__qualname__)
-            if not any(known in name for known in OUTER_HOOKS):
-                return name
     return None

@@ -60,10 +60,11 @@ class LinearState:
 
     @property
     def key(self) -> Hashable:
-        """Changes whenever buffers laid out for this state no longer serve."""
+        """Changes whenever buffers laid out for this state no longer serve; with another parameter in the same memory,
+        whose gradients are its own, too."""
         adapter = self.adapter
         return (
-            tuple((p.data_ptr(), p.dtype, p.requires_grad) for p in self.parameters),
+            tuple((id(p), p.data_ptr(), p.dtype, p.requires_grad) for p in self.parameters),
             None if adapter is None else (adapter.scale, adapter.dropout, adapter.bias is None),
             adapter is None or adapter.magnitude is None,
         )

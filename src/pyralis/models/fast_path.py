@@ -150,6 +150,18 @@ def backbone_state(backbone: nn.Module) -> BackboneState:
 def _plan(
     backbone: Any, state: BackboneState, arguments: Mapping[str, Any], layout: AttentionLayout | None
 ) -> Call | Reason:
+    if (refused := refuses(backbone, arguments)) is not None:
+        return refused
+    inputs = arguments.get("input_ids")
+    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None or inputs.dim() not in (2, 3):
+        return Reason("no input_ids or inputs_embeds")
+    found = layout or batch_layout(BatchShape(inputs.shape[0], inputs.shape[1], inputs.device), arguments)
+    return found if isinstance(found, Reason) else Call(found, prepare_layers(backbone, state))
+
+
+def refuses(backbone: Any, arguments: Mapping[str, Any]) -> Reason | None:
+    """Why a call of the backbone would run stock as a whole, whatever its layers and its batch; None: it would not."""
     odd = [name for name, value in arguments.items() if value is not None and name not in UNDERSTOOD]
     if odd:
         return Reason(f"the argument {odd[0]} is not understood")
@@ -159,12 +171,7 @@ def _plan(
         return Reason("attention maps are asked for, which the fast path never has")
     if any(arguments.get(name) is not None for name in CACHE_ARGUMENTS) or _caches(backbone, arguments):
         return Reason("a KV cache is in use")
-    inputs = arguments.get("input_ids")
-    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
-    if inputs is None or inputs.dim() not in (2, 3):
-        return Reason("no input_ids or inputs_embeds")
-    found = layout or batch_layout(BatchShape(inputs.shape[0], inputs.shape[1], inputs.device), arguments)
-    return found if isinstance(found, Reason) else Call(found, prepare_layers(backbone, state))
+    return None
 
 
 def prepare_layers(backbone: Any, state: BackboneState, *, copies: bool = True) -> dict[int, Any]:

@@ -38,7 +38,9 @@ class FlatGradients:
         take: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.parameters, self.take = tuple(parameters), take
-        self._views = dict(zip(map(id, self.parameters), _new_views(self.parameters) if views is None else views))
+        # Tensors of its own over a given buffer: what is done to one as `p.grad` (`.data =`) leaves its owner's alone.
+        made = _new_views(self.parameters) if views is None else [view.view_as(view) for view in views]
+        self._views = {id(p): (view, view.data_ptr()) for p, view in zip(self.parameters, made)}
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether it has a gradient that others are added to."""
@@ -61,10 +63,11 @@ class FlatGradients:
         return all(self.view(p) is not None for p in parameters)
 
     def view(self, parameter: nn.Parameter) -> Tensor | None:
-        """Its place in the buffer; None if it has none."""
-        view = self._views.get(id(parameter))
-        fits = view is not None and view.dtype == parameter.dtype and view.device == parameter.device
-        return view if fits else None
+        """Its place in the buffer; None if it has none, or has lost it: `.to()` and `p.grad.data =` move the view."""
+        view, place = self._views.get(id(parameter), (None, 0))
+        if view is None or view.data_ptr() != place:
+            return None
+        return view if (view.dtype, view.device) == (parameter.dtype, parameter.device) else None
 
     def finish(self, parameters: Sequence[nn.Parameter]) -> None:
         """The gradients of these parameters are final."""
@@ -142,9 +145,17 @@ class Ready:
 
     flat: FlatGradients
     parameters: tuple[nn.Parameter, ...]
-    views: tuple[Tensor | None, ...]
+    views: tuple[Tensor, ...]
     fresh: GroupGradients
     adding: GroupGradients
+    places: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", tuple(view.data_ptr() for view in self.views))
+
+    def holds(self) -> bool:
+        """Whether the views lie where they did."""
+        return all(view.data_ptr() == place for view, place in zip(self.views, self.places))
 
 
 class GroupGradients:
@@ -154,7 +165,7 @@ class GroupGradients:
     def of(cls, flat: FlatGradients, group: LoraGroup, trained: TrainedGroup, like: Tensor) -> GroupGradients:
         """Those of before if they serve again: a tenth of the time that making them takes."""
         known = trained.ready[0] if trained.ready else None
-        if known is not None and known.flat is flat:
+        if known is not None and known.flat is flat and known.holds():
             if all(p.grad is None for p in known.parameters):
                 for p, view in zip(known.parameters, known.views):
                     p.grad = view
@@ -164,7 +175,8 @@ class GroupGradients:
         made = cls(flat, group, trained, like)
         if flat.reusable and not made.add and not made.copied and made.bias is None:
             parameters = tuple(p for p in (*trained.A, *trained.B) if p is not None)
-            trained.ready[:] = [Ready(flat, parameters, tuple(p.grad for p in parameters), made, made.adding())]
+            views = tuple(p.grad for p in parameters if p.grad is not None)
+            trained.ready[:] = [Ready(flat, parameters, views, made, made.adding())]
         return made
 
     def __init__(self, flat: FlatGradients, group: LoraGroup, trained: TrainedGroup, like: Tensor) -> None:

@@ -65,10 +65,10 @@ class ModelWeights:
         """Write into another's flat buffer from now on, such as a flat optimizer's; None: into one of its own."""
         self._gradients, self._given = gradients, gradients is not None
 
-    def before_replay(self) -> None:
-        """What a recorded step takes as given has to be there."""
-        for layer in self.layers:
-            layer.keep_matrices(layer.state)
+    def before_replay(self, states: Sequence[LayerState]) -> None:
+        """What a recorded step takes as given has to be there. states: the layers' when it was recorded."""
+        for layer, state in zip(self.layers, states):
+            layer.keep_matrices(state)
 
     def after_replay(self, *, failed: bool = False) -> None:
         """A recorded step has written to the workspace; failed: a recording that did not come about has not."""

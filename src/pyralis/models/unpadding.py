@@ -54,9 +54,9 @@ def can_be_removed(backbone: Any, layout: AttentionLayout, device: torch.device)
     """Whether nothing in a decoder would notice that the padding is gone, and its attention takes any lengths."""
     outside = (child for child in backbone.children() if child is not backbone.layers)
     # Hooks inside a layer have it run stock.
-    if any(_sees_shapes(module) for child in outside for module in child.modules()):
+    if any(odd_hook(module) is not None for child in outside for module in child.modules()):
         return False
-    if any(_sees_shapes(layer) for layer in backbone.layers):
+    if any(odd_hook(layer) is not None for layer in backbone.layers):
         return False
     embeddings = backbone.get_input_embeddings().weight
     if any(next(layer.parameters()).device != device for layer in (backbone.layers[0], backbone.layers[-1])):
@@ -94,13 +94,16 @@ def _attentions(backbone: Any) -> set[AttentionSpec]:
     return {spec.attention for spec in specs if isinstance(spec, LayerSpec)}
 
 
-def _sees_shapes(module: nn.Module) -> bool:
-    """Whether hooks of a module could tell rows from sequences; accelerate's are in place of its `forward`."""
+def odd_hook(module: nn.Module) -> str | None:
+    """The first hook of a module that could tell rows from sequences, or does something that is not known; accelerate's
+    are in place of its `forward`."""
     own = vars(module)
-    hooks = (hook for kind in HOOKS for hook in own[kind].values())
-    return "_hf_hook" in own or not all(_is_harmless(hook) for hook in hooks)
-
-
-def _is_harmless(hook: Any) -> bool:
-    name = getattr(hook, "__qualname__", type(hook).__qualname__)
-    return getattr(hook, "__module__", None) in HARMLESS_HOOKS or any(known in name for known in _REQUIRE_GRADS)
+    if "_hf_hook" in own:
+        return type(own["_hf_hook"]).__qualname__
+    for kind in HOOKS:
+        for hook in own[kind].values():
+            name = getattr(hook, "__qualname__", type(hook).__qualname__)
+            is_known = getattr(hook, "__module__", None) in HARMLESS_HOOKS or any(n in name for n in _REQUIRE_GRADS)
+            if not is_known:
+                return str(name)
+    return None

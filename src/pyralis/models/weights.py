@@ -213,7 +213,7 @@ class LayerWeights:
         return weight, module._parameters.get("bias")
 
     def _key(self, linears: list[LinearState], norms: dict[str, Any], autocast: torch.dtype | None) -> Hashable:
-        found = tuple((p.data_ptr(), p.requires_grad) for pair in norms.values() for p in pair if p is not None)
+        found = tuple((id(p), p.data_ptr(), p.requires_grad) for pair in norms.values() for p in pair if p is not None)
         return tuple(linear.key for linear in linears), found, autocast
 
     def _build(self, linears: list[LinearState], norms: dict[str, Any], autocast: torch.dtype | None) -> LayerState:
