@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +46,18 @@ def test_what_a_page_shows_runs(name: str, tmp_path: Path, monkeypatch: pytest.M
     model = make_tiny_model(tmp_path / "model", max_position_embeddings=4096)
     (tmp_path / "clone").mkdir()
     PageRun(tmp_path / "clone", model, monkeypatch).page(DOCS / name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
+def test_what_follows_the_quickstart_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of these pages stand behind `make quickstart`; a chat without anybody to talk to ends at once."""
+    model = make_tiny_model(tmp_path / "model", max_position_embeddings=4096)
+    (tmp_path / "clone").mkdir()
+    run = PageRun(tmp_path / "clone", model, monkeypatch)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    run.command("pyralis train train_args/sft/lora/smollm2-135m-sft-lora.json output_dir=output/quickstart")
+    run.page(ROOT / name)
 
 
 @pytest.mark.full
