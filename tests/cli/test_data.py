@@ -62,7 +62,7 @@ def test_preview(config: str) -> None:
 def test_stats(config: str, tmp_path: Path) -> None:
     output = run("stats", config, "eval_split=0.25", "per_device_train_batch_size=4", "num_train_epochs=2")
     assert "train.jsonl: 20 rows as conversation" in output
-    assert "5 rows are held out" in output
+    assert "held out of train_file: 5 rows" in output
     assert "8 steps in 2 epochs" in output
     assert re.search(r"packing: true: \d rows, \d\d\.\d% full", output)
     assert re.search(r"^40 to 44  15  █+$", output, re.MULTILINE)

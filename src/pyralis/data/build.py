@@ -66,7 +66,6 @@ def build_files(
         formats = ", ".join(sorted(set(train_tally.formats.values())))
         eval_tally.formats, eval_tally.rows["held out of train_file"] = {"held out of train_file": formats}, len(held)
         eval_report = _report(eval_tally, rows, held, folder / "eval.arrow", encoder, shared=common.rows)
-        warnings.append(f"{len(held):,} rows are held out for evaluation (eval_split {settings.eval_split:g})")
     if eval_report is not None and common.rows:
         warnings.append(
             f"{common.rows:,} of {len(held):,} evaluation rows are training rows too ({common}): their loss "

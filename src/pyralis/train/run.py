@@ -155,7 +155,7 @@ def _train(
         if prepared.data.left_out is not None:
             shutil.copyfile(prepared.data.left_out, output_dir / LEFT_OUT_NAME)
         write_json(output_dir / CONFIG_NAME, effective)
-        write_json(output_dir / RUN_NAME, run_facts("running", prepared, model))
+        write_json(output_dir / RUN_NAME, run_facts("running", config, prepared, model))
         return run(next_commands)
 
 
@@ -263,6 +263,7 @@ def _run(
     files = OutcomeFiles(metrics=output_dir / METRICS_NAME)
     if main:
         result = [] if interrupted else result_notes(trainer.best_loaded, metrics.history)
+        result += [trainer.step_graphs_summary] if trainer.step_graphs_summary else []
         batches = data_stats(prepared.data.train, config)
         table = memory_table(plan_of(model.model, predicted), memory.found, summary)
         files = write(metrics.history, batches=batches, samples=samples, notes=result, memory=table)

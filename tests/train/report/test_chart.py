@@ -48,7 +48,7 @@ def test_curves_follow_the_losses(history: list[Metric]) -> None:
 
 def test_the_data_is_what_is_drawn(history: list[Metric]) -> None:
     data = losses(history).data
-    assert data["x"] == {"first": 1, "last": 40, "left": 48, "right": 736}
+    assert data["x"] == {"first": 1, "last": 40, "left": 48, "right": 722}
     assert [curve["kind"] for curve in data["curves"]] == ["raw", "train", "eval", "rate"]
     assert data["curves"][2]["steps"] == [10, 20, 30, 40]
     assert data["curves"][0]["values"][-1] == pytest.approx(0.517519, abs=1e-6)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from pyralis.train.report import environment
-from pyralis.train.report.environment import describe_environment, probe_capabilities
+from pyralis.train.report.environment import code_commits, describe_environment, git_commit, probe_capabilities
 
 
 def test_it_describes_this_machine() -> None:
@@ -51,3 +53,23 @@ def test_what_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", fail)
     nf4 = probe_capabilities()[2]
     assert (nf4.works, nf4.note) == (False, "no kernel for this device")
+
+
+def test_the_commit_of_a_folder(tmp_path: Path) -> None:
+    assert git_commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").write_text("1")
+    for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = git_commit(tmp_path)
+    assert commit is not None
+    assert len(commit) == 12
+    (tmp_path / "untracked").write_text("1")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "file").write_text("2")
+    assert git_commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_code_is_named_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "git_commit", lambda folder: "abc" if folder == Path.cwd() else None)
+    assert code_commits()["working directory"] == "abc"

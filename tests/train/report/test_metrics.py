@@ -184,7 +184,11 @@ def test_a_half_written_last_line_is_left_out_and_removed_on_resuming(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "line", ['{"kind": "train", "step": ', "[]", '{"kind": "other"}', '{"kind": "eval", "step": 1}']
+    "line",
+    [
+        *('{"kind": "train", "step": ', "[]", '{"kind": "other"}', '{"kind": "eval", "step": 1}', "[" * 50_000),
+        *('{"kind": "eval", "step": "x", "epoch": 1, "loss": 1}', '{"kind": "eval", "not_finite": [1]}'),
+    ],
 )
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, make_step: Any, line: str) -> None:
     path = tmp_path / "metrics.jsonl"

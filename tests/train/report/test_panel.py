@@ -67,13 +67,32 @@ def test_what_is_not_known_is_left_out(startup: StartupInfo) -> None:
         assert word not in text
 
 
+def test_why_no_memory_is_predicted(startup: StartupInfo) -> None:
+    stock = dataclasses.replace(startup, predicted_memory_gib=None, unpredicted="layer 0 runs stock (of its own kind)")
+    text = drawn(startup_panel(stock), 120)
+    assert "79.1 GiB · not predicted: layer 0 runs stock (of its own kind)" in text
+
+
+def test_what_the_time_went_into(history: list[Metric]) -> None:
+    timed = dataclasses.replace(summarise(history), seconds_by_part={"compute": 9.0, "data": 1.0})
+    assert "forward and backward 90%, waiting for data 10%" in drawn(final_panel(FinalInfo(timed, Path("o"))), 100)
+
+
+def test_facts_of_every_run_are_chinese_too(startup: StartupInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    plain = dataclasses.replace(startup, device="CPU, 2 threads", acceleration=("30 of 32 layers fast", "2 of 32: why"))
+    text = drawn(startup_panel(plain), 120)
+    for part in ("CPU，2 线程", "32 层中 30 层已加速", "2 of 32: why"):
+        assert part in text, part
+
+
 def test_final_panel(history: list[Metric]) -> None:
     info = FinalInfo(
         summarise(history), Path("output/run"), metrics=Path("run/metrics.jsonl"), report=Path("run/report.html"),
         next_commands=(("pyralis chat output/run", "talk to it"),), warnings=("[not] markup",),
     )  # fmt: skip
     text = drawn(final_panel(info), 80)
-    for part in ("The loss fell by 81 %", "2.7945 → 0.5175", "lowest 0.6175 at step 40", "200 supervised tokens/s",
+    for part in ("The loss fell by 78 %", "2.7945 → 0.5175", "lowest 0.6175 at step 40", "200 supervised tokens/s",
                  "1.25 GiB", "run/metrics.jsonl", "run/report.html", "pyralis chat output/run", "talk to it",
                  "[not] markup", "0:20 · 40 steps"):  # fmt: skip
         assert part in text, part
@@ -124,5 +143,5 @@ def test_chinese_where_the_locale_is(
     ):  # fmt: skip
         assert text.replace(" ", "") in start, text
     final = joined(drawn(final_panel(FinalInfo(summarise(history), Path("out"))), width))
-    for text in ("完成", "经过 40 步，损失下降了 81 %", "评估损失", "用时", "监督词元/秒", "进程内存峰值", "结果"):
+    for text in ("完成", "经过 40 步，损失下降了 78 %", "评估损失", "用时", "监督词元/秒", "进程内存峰值", "结果"):
         assert text.replace(" ", "") in final, text

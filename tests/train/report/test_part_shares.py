@@ -22,14 +22,14 @@ def test_every_part_has_a_name() -> None:
 
 def test_shares_by_size_without_trifles() -> None:
     shown = summary(data=1.0, compute=90.0, optimizer=8.9, logging=0.1, other=0.0)
-    assert parts_text(shown) == "forward and backward 90 %, optimizer 8.9 %, waiting for data 1 %"
+    assert parts_text(shown) == "forward and backward 90%, optimizer 9%, waiting for data 1%"
     assert sum(share.share for share in part_shares(shown)) == pytest.approx(1.0)
     assert parts_text(summary()) == ""
 
 
 def test_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
-    assert parts_text(summary(data=1.0, compute=3.0)) == "前向与反向 75 %，等待数据 25 %"
+    assert parts_text(summary(data=1.0, compute=3.0)) == "前向与反向 75%，等待数据 25%"
 
 
 def test_much_waiting_is_said() -> None:

@@ -117,12 +117,12 @@ def info(startup: StartupInfo, history: list[Metric]) -> ReportInfo:
 def test_everything_is_in_it(info: ReportInfo) -> None:
     text = Page(render_report(info)).text
     for part in (
-        "Qwen2.5-7B-Instruct", "The loss fell by 81 % in 40 steps", "经过 40 步", "lora_rank",
+        "Qwen2.5-7B-Instruct", "The loss fell by 78 % in 40 steps", "经过 40 步", "lora_rank",
         '["a.jsonl", "数据.jsonl"]', "true", "NVIDIA H100", "9.0", "torch 2.13.0", "你是谁？", "an assistant", "Lumen",
         "55: too long", "a.jsonl:3, …", "43 rows were dropped", "a note", "the template is 'qwen'", "Peak memory",
         "stock transformers on all 28 layers", "Effective config",
-        "Qwen2.5-7B-Instruct was trained on 12,345 rows of answers (qlora)", "of 7.62B parameters, 40 steps",
-        "在 12,345 行回答上训练", "9 tokens, 4 learnt", "Memory at the peak", "5.00 GiB", "everything else",
+        "Qwen2.5-7B-Instruct was trained on 12,345 rows of answers, by qlora", "of 7.62B parameters, 40 steps",
+        "在 12,345 行回答上以 qlora 训练", "9 tokens, 4 learnt", "Memory at the peak", "5.00 GiB", "everything else",
         "beside it: CUDA context", "560 MiB", "layers 0-27: all is kept", "How to do it again", "fedcba-dirty",
         "output_dir=NEW_FOLDER", "the same up to rounding",
     ):  # fmt: skip

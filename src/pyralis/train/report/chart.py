@@ -25,7 +25,7 @@ from pyralis.train.report.svg import (
 
 DRAWN_POINTS, KEPT_POINTS = 500, 2000
 """Longer curves are thinned out: to so many points in the SVG, where more would not be seen, and in the data."""
-LABEL_GAP = 18
+LABEL_GAP = 20
 Number: TypeAlias = Literal["loss", "rate", "percent", "reward"]
 """How values are written."""
 

@@ -52,12 +52,13 @@ class Figure:
     better: Literal["low", "high"] | None = None
 
     def best(self, runs: Sequence[Run]) -> set[int]:
-        """Indices of the runs that are best in it; none where all are alike."""
+        """Indices of the runs that are best in it, as far as their texts tell; none where all are alike."""
         values = {i: v for i, run in enumerate(runs) if (v := self.value(run)) is not None and math.isfinite(v)}
-        if self.better is None or len(set(values.values())) < 2:
+        texts = {i: self.text(runs[i]) for i in values}
+        if self.better is None or len(set(texts.values())) < 2:
             return set()
-        goal = (min if self.better == "low" else max)(values.values())
-        return {i for i, v in values.items() if v == goal}
+        goal = texts[(min if self.better == "low" else max)(values, key=lambda i: values[i])]
+        return {i for i, text in texts.items() if text == goal}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +152,9 @@ def _read_run(folder: Path, name: str) -> Run:
     facts = {name: record[name] for name in _FACTS if name in record}
     if "data_digest" in facts:
         facts["data_digest"] = str(facts["data_digest"])[:12]
-    versions = {f"versions.{package}": version for package, version in record.get("versions", {}).items()}
-    status = record.get("status")
+    noted = record.get("versions")
+    versions = {f"versions.{name}": version for name, version in noted.items()} if isinstance(noted, dict) else {}
+    status = str(record.get("status"))
     status = status if status in _STATUS_CHINESE else "unfinished"  # "running", or killed
     return Run(name, folder, status, metrics, summarise(metrics), {**config, **facts, **versions})
 

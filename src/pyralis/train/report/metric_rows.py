@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from pydantic import TypeAdapter, ValidationError
+
 from pyralis.errors import DataError
 
 METRICS_NAME = "metrics.jsonl"
@@ -112,6 +114,7 @@ def parts_so_far(metrics: Sequence[Metric]) -> dict[str, float]:
     return next((parts for parts in measured if parts), {})
 
 
+_READERS: dict[type, TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in _KINDS.values()}
 _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
 
 
@@ -130,7 +133,11 @@ def from_json(line: str) -> Metric:
     row = json.loads(line)
     cls = _KINDS[row["kind"]]
     row |= {k: float(v) for k, v in row.get("not_finite", {}).items()}
-    return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
+    try:
+        return _READERS[cls].validate_python({f.name: row[f.name] for f in fields(cls) if f.name in row})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Metric]]:
@@ -140,7 +147,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Metric]]:
             continue
         try:
             yield line, from_json(line)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number == len(lines):  # no newline behind it: the run was killed while writing
                 return
             raise DataError(

@@ -233,7 +233,7 @@ def result_notes(best_step: int | None, metrics: Sequence[Metric]) -> list[str]:
     ]
 
 
-def run_facts(status: str, prepared: PreparedData, model: PreparedModel) -> dict[str, Any]:
+def run_facts(status: str, config: TrainConfig, prepared: PreparedData, model: PreparedModel) -> dict[str, Any]:
     """`pyralis_run.json`: whether the run is over, what it learns from, and how it computes (merging must know)."""
     return {
         "status": status,
@@ -241,6 +241,7 @@ def run_facts(status: str, prepared: PreparedData, model: PreparedModel) -> dict
         "compute_dtype": str(model.loaded.dtype).removeprefix("torch."),
         "rope_scaled_to": model.loaded.rope_scaled_to,
         "model_type": model.loaded.model.config.model_type,
+        "seed": config.seed,
         "data_digest": prepared.data.digest,
         "device": _device_text(model.loaded.device),
         "commits": code_commits(),

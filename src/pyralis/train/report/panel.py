@@ -3,6 +3,7 @@ Chinese where the locale is; warnings and notes stay as they are."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ from pyralis.train.report.language import words
 from pyralis.train.report.part_shares import parts_text
 from pyralis.train.report.summary import RunSummary
 
+_FACTS = (
+    (r"^CPU, (\d+) threads?$", r"CPU，\1 线程"),
+    (r"^(\d+) of (\d+) layers fast$", r"\2 层中 \1 层已加速"),
+    (r"^layers recomputed in the backward pass$", "各层在反向传播中重新计算"),
+)
 MOOD_STYLE = {"good": "green", "warn": "yellow", "bad": "red"}
 
 
@@ -89,7 +95,7 @@ def startup_panel(info: StartupInfo) -> RenderableType:
     trained, total = count_text(info.trainable_parameters), count_text(info.parameters)
     trains = words(f"{trained} of {total} parameters ({share})", f"{total} 参数中的 {trained}（{share}）")
     _add(table, words("trains", "训练"), _joined(trains, info.mode, info.dtype, info.quantization))
-    _add(table, words("device", "设备"), info.device)
+    _add(table, words("device", "设备"), words(info.device, _chinese(info.device)))
     for line in info.data:
         supervised = percent_text(line.supervised_tokens / max(line.tokens, 1))
         tokens = count_text(line.tokens)
@@ -104,7 +110,7 @@ def startup_panel(info: StartupInfo) -> RenderableType:
     rate = f"{words('lr', '学习率')} {info.learning_rate:.3g}"
     _add(table, words("optimizer", "优化器"), _joined(info.optimizer, rate, info.schedule))
     for number, text in enumerate(info.acceleration):
-        _add(table, "" if number else words("acceleration", "加速"), text)
+        _add(table, "" if number else words("acceleration", "加速"), words(text, _chinese(text)))
     there = info.available_memory_gib
     if info.predicted_memory_gib is not None:
         predicted = gib_text(info.predicted_memory_gib)
@@ -117,7 +123,8 @@ def startup_panel(info: StartupInfo) -> RenderableType:
     if info.resumed_from:
         _add(table, words("resumes", "续训自"), info.resumed_from)
     _add_remarks(table, info.warnings, info.notes)
-    return _panel(table, f"Pyralis · {info.task} · {info.mode}", "cyan")
+    kind = info.mode.partition(" (")[0]
+    return _panel(table, f"Pyralis · {info.task} · {kind}", "cyan")
 
 
 def final_panel(info: FinalInfo) -> RenderableType:
@@ -177,6 +184,13 @@ def final_panel(info: FinalInfo) -> RenderableType:
             parts += [Padding(Text(command, "cyan", overflow="fold"), (0, 0, 0, 2))]
             parts += [Padding(Text(purpose, "dim"), (0, 0, 0, 6))]
     return _panel(Group(*parts), words("Pyralis · done", "Pyralis · 完成"), MOOD_STYLE[summary.verdict.mood])
+
+
+def _chinese(fact: str) -> str:
+    """What is said of every run; reasons, like warnings, stay as they are."""
+    for pattern, chinese in _FACTS:
+        fact = re.sub(pattern, chinese, fact)
+    return fact
 
 
 def _change(first: str, last: str) -> str:

@@ -18,7 +18,7 @@ NAMES = {
     "other": ("the rest", "其他"),
 }
 """English and Chinese of the parts of `train/part_clock.py`, in the order in which they are shown."""
-LEAST_SHOWN = 0.005
+LEAST_SHOWN = 0.01
 WAITING, LEAST_SECONDS = 0.1, 10.0
 
 
@@ -43,10 +43,12 @@ def part_shares(summary: RunSummary) -> list[PartShare]:
 
 
 def parts_text(summary: RunSummary) -> str:
-    """ "forward and backward 91 %, optimizer 2.1 %", by share; trifles are left out."""
-    shown = sorted((s for s in part_shares(summary) if s.share >= LEAST_SHOWN), key=lambda s: -s.share)
+    """ "forward and backward 91%, optimizer 2%", by share; trifles and the rest are left out."""
+    shown = sorted(
+        (s for s in part_shares(summary) if s.share >= LEAST_SHOWN and s.part != "other"), key=lambda s: -s.share
+    )
     separator = words(", ", "，")
-    return separator.join(f"{words(s.english, s.chinese)} {percent_text(s.share)}" for s in shown)
+    return separator.join(f"{words(s.english, s.chinese)} {s.share:.0%}" for s in shown)
 
 
 def waiting_note(summary: RunSummary) -> str | None:

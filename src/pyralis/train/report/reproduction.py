@@ -27,7 +27,7 @@ def reproduction(output_dir: Path, effective: Mapping[str, Any]) -> Reproduction
     on_gpu = not str(record.get("device", "")).startswith("CPU")
     return Reproduction(
         command=f"pyralis train {shlex.quote(str(output_dir / CONFIG_NAME))} output_dir=NEW_FOLDER",
-        seed=effective.get("seed"),
+        seed=record.get("seed"),
         data_digest=record.get("data_digest"),
         commits=record.get("commits", {}),
         exact=not on_gpu or bool(effective.get("deterministic")),

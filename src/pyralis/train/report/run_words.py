@@ -23,13 +23,13 @@ def run_in_words(run: StartupInfo, summary: RunSummary) -> tuple[str, str]:
     task, task_chinese = TASKS.get(run.task, (run.task, run.task))
     rows = 0 if train is None else train.rows
     english = [
-        f"{model} was trained on {number_of(rows, 'row')} of {task} ({run.mode}): "
+        f"{model} was trained on {number_of(rows, 'row')} of {task}, by {run.mode}: "
         f"{count_text(run.trainable_parameters)} of {count_text(run.parameters)} parameters, "
         f"{number_of(summary.steps, 'step')}, {summary.epochs:.3g} epochs, "
         f"{count_text(summary.total_tokens)} tokens, {count_text(summary.supervised_tokens)} of them learnt."
     ]
     chinese = [
-        f"{model} 在 {rows:,} 行{task_chinese}上训练（{run.mode}）：共 {count_text(run.parameters)} 参数，训练其中 "
+        f"{model} 在 {rows:,} 行{task_chinese}上以 {run.mode} 训练：共 {count_text(run.parameters)} 参数，训练其中 "
         f"{count_text(run.trainable_parameters)}；{summary.steps:,} 步，{summary.epochs:.3g} 轮，"
         f"{count_text(summary.total_tokens)} 词元，其中 {count_text(summary.supervised_tokens)} 参与监督。"
     ]

@@ -121,6 +121,16 @@ def _mean_rate(steps: Sequence[StepMetrics], name: str) -> float | None:
     return tokens / seconds if seconds else None
 
 
+def _tenth(steps: Sequence[StepMetrics]) -> int:
+    """Logged losses of a tenth of the run: single ones of small batches scatter too much to be judged by."""
+    return max(len(steps) // 10, 1)
+
+
+def _level(rows: Sequence[StepMetrics]) -> float:
+    """The mean loss over the steps of these windows."""
+    return sum(m.loss * m.window_steps for m in rows) / max(sum(m.window_steps for m in rows), 1)
+
+
 def _verdict(
     steps: Sequence[StepMetrics], evals: Sequence[EvalMetrics], events: Sequence[RunEvent], best: EvalMetrics | None
 ) -> Verdict:
@@ -139,9 +149,12 @@ def _verdict(
             f"The loss became {broken.loss} by step {broken.step}: the result is not usable.",
             f"损失在第 {broken.step} 步变为 {broken.loss}，结果不可用。",
         )
-    first, last = steps[0], steps[-1]
-    change = (last.loss - first.loss) / first.loss if first.loss else 0.0
-    numbers = f"{loss_text(first.loss)} → {loss_text(last.loss)}"
+    last = steps[-1]
+    begin, end = _level(steps[: _tenth(steps)]), _level(steps[-_tenth(steps) :])
+    change = (end - begin) / begin if begin else 0.0
+    numbers = f"{loss_text(begin)} → {loss_text(end)}"
+    of_tenths = ", means of the first and the last tenth" if _tenth(steps) > 1 else ""
+    of_tenths_chinese = "，首末各十分之一的平均" if of_tenths else ""
     if len(steps) == 1:
         verdict = Verdict(
             "warn",
@@ -151,14 +164,15 @@ def _verdict(
     elif change < 0:
         verdict = Verdict(
             "good",
-            f"The loss fell by {percent_text(-change)} in {number_of(last.step, 'step')} ({numbers}).",
-            f"经过 {last.step} 步，损失下降了 {percent_text(-change)}（{numbers}）。",
+            f"The loss fell by {percent_text(-change)} in {number_of(last.step, 'step')} ({numbers}{of_tenths}).",
+            f"经过 {last.step} 步，损失下降了 {percent_text(-change)}（{numbers}{of_tenths_chinese}）。",
         )
     else:
         verdict = Verdict(
             "warn",
-            f"The loss did not fall in {number_of(last.step, 'step')} ({numbers}): look at learning rate and data.",
-            f"经过 {last.step} 步，损失没有下降（{numbers}），请检查学习率和数据。",
+            f"The loss did not fall in {number_of(last.step, 'step')} ({numbers}{of_tenths}): "
+            "look at learning rate and data.",
+            f"经过 {last.step} 步，损失没有下降（{numbers}{of_tenths_chinese}），请检查学习率和数据。",
         )
     if best and evals[-1].loss > best.loss * (1 + OVERFIT_RISE):
         verdict = Verdict(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-WIDTH, LEFT, RIGHT = 800, 48, 64
+WIDTH, LEFT, RIGHT = 800, 48, 78
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@
         if (curve.labelled && last) ends.push({ y: y(last[1]) + 4, kind: curve.kind, text: NUMBERS[scales[curve.pane].number](last[1]) });
       }
       ends.sort((a, b) => a.y - b.y).forEach((end, i) => {
-        if (i) end.y = Math.max(end.y, ends[i - 1].y + 18);
+        if (i) end.y = Math.max(end.y, ends[i - 1].y + 20);
         make(part, "text", { class: `value ${end.kind}`, x: x.right + 8, y: end.y }, end.text);
       });
     };
