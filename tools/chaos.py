@@ -98,9 +98,8 @@ def _train(config: dict[str, Any], log: str, may_be_finished: bool) -> None:
 
     if may_be_finished and run_status(Path(config["output_dir"])) == "finished":
         return
-    with open(log, "a", encoding="utf-8") as file:
-        sys.stdout = sys.stderr = file
-        train(config, console=Console(file=file, width=100))
+    sys.stdout = sys.stderr = file = open(log, "a", encoding="utf-8")  # noqa: SIM115  a traceback is still to come
+    train(config, console=Console(file=file, width=100))
 
 
 def _start(config: dict[str, Any], log: Path, may_be_finished: bool = False) -> Any:

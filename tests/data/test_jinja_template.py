@@ -215,7 +215,7 @@ def test_alternation_is_the_templates_word() -> None:
         ("{% for m in messages %}{{ m.content | upper + '</s>' }}{% endfor %}", "does not write the whole"),
         ("{{ messages[0].nothing.more }}", "refuses a conversation"),
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses a conversation"),
-        ("{% if messages %}", "refuses a conversation"),
+        ("{% if messages %}", "not valid Jinja: Unexpected end of template"),
     ],
 )
 def test_what_cannot_be_learnt_is_refused_with_the_reason(jinja: str, reason: str) -> None:

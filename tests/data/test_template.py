@@ -91,7 +91,13 @@ def test_own_template_travels_with_its_system_text(tmp_path: Path) -> None:
     assert load_template(tmp_path, again).render(MESSAGES) == template.render(MESSAGES)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "nobody"}', '{"name": "", "jinja"'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"name": "nobody"}', '{"name": "", "jinja"', '{"name": "", "jinja": null}', "[" * 50_000),
+        *('{"name": "yi", "stop": "</s>", "system": true}', '{"name": "yi", "stop": 7, "system": null}'),
+    ],
+)
 def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / TEMPLATE_FILE).write_text(text, encoding="utf-8")
     with pytest.raises(TemplateError, match=rf"{TEMPLATE_FILE} does not hold a chat template"):

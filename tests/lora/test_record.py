@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pyralis.errors import ModelError
 from pyralis.lora.record import TrainingRecord, read_record, write_record
 
 
@@ -52,3 +53,10 @@ def test_record(tmp_path: Path, files: dict[str, dict[str, Any]], expected: Trai
 def test_a_record_is_read_as_it_was_written(tmp_path: Path, record: TrainingRecord) -> None:
     write_record(tmp_path, record)
     assert read_record(tmp_path) == record
+
+
+@pytest.mark.parametrize("values", [{"rope_scaled_to": [1]}, {"rope_scaled_to": "64"}, {"rope_scaling_given": "x"}])
+def test_a_damaged_record(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "pyralis_adapter.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"its record .* is damaged"):
+        read_record(tmp_path)

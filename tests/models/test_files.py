@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,27 @@ def test_json_that_is_none(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError, match=reason):
             read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_an_index_stays_in_its_folder(name: str, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(ModelError, match="which is no file of that folder"):
+        check_weights(folder)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": 1}', '{"weight_map": {"a": ["b"]}}', "[" * 50_000])
+def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
+    (make_tiny_model(tmp_path) / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"has no weight_map|cannot be read"):
+        check_weights(tmp_path)
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    file = make_tiny_model(tmp_path) / "model.safetensors"
+    file.unlink()
+    file.symlink_to("nowhere")
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: No such file"):
+        check_weights(tmp_path)

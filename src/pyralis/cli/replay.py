@@ -12,6 +12,10 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def replay(
         folder: Annotated[Path, typer.Argument(help="A step that a run kept, OUTPUT/nan-step-N.")],
+        trust: Annotated[
+            bool,
+            typer.Option("--trust", help="Allow what the run's config allows: the model's own code, pickled weights."),
+        ] = False,
     ) -> None:
         """Run a step again whose loss or gradient was not finite, and say where it goes wrong."""
         from rich.console import Console
@@ -23,7 +27,7 @@ def register(app: typer.Typer) -> None:
         from pyralis.train.watch.replay import replay as run
 
         with Console(stderr=True, highlight=False).status("reading", spinner="line") as status:
-            found = run(folder, progress=status.update)
+            found = run(folder, progress=status.update, trust=trust)
         console, saved = Console(highlight=False), found.saved
         console.print(Text(f"step {saved.step}, loss {saved.loss:g}, seed {saved.seed}; with {found.weights}"))
         console.print(Text(f"rows: {saved.rows()}"))

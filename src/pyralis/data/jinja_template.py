@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2.exceptions import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from pyralis.data.generation_blocks import generation_blocks, learnt_blocks
+from pyralis.data.jinja_limits import RENDER_ERRORS, check_jinja, in_time
 from pyralis.data.rendering import ChatTemplate, Rendered, Span, SpansOf
 from pyralis.data.types import Message
 from pyralis.errors import TemplateError
 
-# What a template can raise: its own raise_exception, or a bug in it.
-_RENDER_ERRORS = (JinjaError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _ADVICE = "Set template_name to a named template, or give the tokenizer a chat template that does."
 
 
@@ -31,7 +29,9 @@ class JinjaTemplate(ChatTemplate):
     """The Jinja template of a tokenizer, rendered by the tokenizer itself."""
 
     def __init__(self, jinja: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> None:
-        """`system` is the system text of conversations that have none, in place of the template's default."""
+        """`system` is the system text of conversations that have none, in place of the template's default. Raises
+        TemplateError for Jinja that is not valid, or that may take for ever."""
+        check_jinja(jinja)
         self._jinja = _with_default_system(jinja, system) if system is not None else jinja
         self._system = system
         self._tokenizer = tokenizer
@@ -74,7 +74,7 @@ class JinjaTemplate(ChatTemplate):
                 "the tokenizer's chat template writes a conversation differently when unprintable marks stand around "
                 f"its answers, so what it writes for an answer cannot be found. {_ADVICE}"
             )
-        blocks = generation_blocks(_as_dicts(messages), self._jinja, self._tokenizer, text)
+        blocks = in_time(lambda: generation_blocks(_as_dicts(messages), self._jinja, self._tokenizer, text))
         found: list[Span] = []
         for turn in wanted:
             start, end = self._answer(messages, turns[turn], turn, text, *located.of(turn))
@@ -89,13 +89,15 @@ class JinjaTemplate(ChatTemplate):
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                _as_dicts(messages),
-                chat_template=self._jinja,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+            text = in_time(
+                lambda: self._tokenizer.apply_chat_template(
+                    _as_dicts(messages),
+                    chat_template=self._jinja,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
             )
-        except _RENDER_ERRORS as error:
+        except RENDER_ERRORS as error:
             roles = ", ".join(message.role for message in messages)
             raise TemplateError(
                 f"the tokenizer's chat template refuses a conversation of the roles [{roles}]: {error}. "

@@ -90,10 +90,12 @@ def load_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> ChatTempl
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings["name"]:
-            spec = TEMPLATES[settings["name"]]
-            return NamedTemplate(spec, eos=settings["stop"], system=settings["system"])
+            stop, system = settings["stop"], settings["system"]
+            if not isinstance(stop, str | None) or not isinstance(system, str | None):
+                raise TypeError(f"stop and system are {stop!r} and {system!r}, expected texts")
+            return NamedTemplate(TEMPLATES[settings["name"]], eos=stop, system=system)
         return JinjaTemplate(settings["jinja"], tokenizer)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TemplateError(
             f"{file} does not hold a chat template ({type(error).__name__}: {error}). It was written by another "
             "version or changed since: remove it to use the tokenizer's own template."

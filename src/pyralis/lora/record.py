@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from pyralis.errors import ModelError
 from pyralis.models.files import read_json
 from pyralis.models.rope_scaling import RopeScaling
 from pyralis.models.staging import write_text
@@ -63,12 +64,18 @@ def has_record(adapter: Path) -> bool:
 
 def read_record(adapter: Path) -> TrainingRecord:
     """The record of the run that made an adapter, for `checkpoint-N` that of the folder around it; an adapter of
-    another program counts as trained unquantised."""
+    another program counts as trained unquantised. Raises ModelError for one that is damaged."""
     folder = _folder(adapter)
     values: dict[str, Any] = {}
     for name in reversed(RECORDS):
         if (folder / name).is_file():
             values |= {key: value for key, value in read_json(folder / name).items() if value is not None}
+    length, scaling = values.get("rope_scaled_to"), values.get("rope_scaling_given")
+    if not isinstance(length, int | None) or not isinstance(scaling, int | float | dict | None):
+        raise ModelError(
+            f"{folder}: its record ({', '.join(RECORDS)}) is damaged: rope_scaled_to is {length!r} and "
+            f"rope_scaling_given {scaling!r}; expected a number of tokens, and a factor or its fields."
+        )
     dtype = values.get("compute_dtype")
     if dtype is None:
         dtype = "float16" if values.get("fp16") else "bfloat16" if values.get("bf16") else values.get("dtype")
@@ -78,8 +85,8 @@ def read_record(adapter: Path) -> TrainingRecord:
         quant_type="fp4" if values.get("quant_type") == "fp4" else "nf4",
         double_quant=bool(values.get("double_quant", True)),
         dtype=half.get(str(dtype).removeprefix("torch.")),
-        rope_scaled_to=values.get("rope_scaled_to"),
-        rope_scaling=values.get("rope_scaling_given"),
+        rope_scaled_to=length,
+        rope_scaling=scaling,
         model_type=values.get("model_type"),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +32,8 @@ def resolve_architecture(model_name_or_path: str, trust_remote_code: bool = Fals
     Raises ConfigError: a folder without a usable config.json, a model that is no causal language model, or one that
     needs code of its own and `trust_remote_code` is false.
     """
-    folder = Path(model_name_or_path).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model_name_or_path))
+    if os.path.isdir(folder):  # False too for what cannot be a name, for which Path.is_dir raises
         config = _read_config(folder)
         model_type, source = str(config["model_type"]), "local"
         reason = f"{folder / 'config.json'} says model_type {model_type}"
@@ -85,7 +86,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} has no config.json; expected a model folder as save_pretrained writes it.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{path} has no model_type; expected a model's config as save_pretrained writes it.")
@@ -98,5 +99,5 @@ def _remote_file(config: dict[str, Any]) -> str | None:
     if not isinstance(auto_map, dict) or not auto_map:
         return None
     target = auto_map.get("AutoModelForCausalLM") or auto_map.get("AutoModel") or next(iter(auto_map.values()))
-    target = target[0] if isinstance(target, list) else target
+    target = target[0] if isinstance(target, list) and target else target
     return str(target).rpartition("--")[2].partition(".")[0] + ".py"

@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a model's folder; ModelError if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
@@ -64,7 +64,11 @@ def _check_index(folder: Path, present: set[str]) -> None:
     if not index.is_file():
         return
     weight_map = read_json(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index} has no weight_map of tensors to files: download it again.")
+    names = set(weight_map.values())
+    if outside := sorted(name for name in names if Path(name).name != name):
+        raise ModelError(f"{index} names {outside[0]!r}, which is no file of that folder: it is not read.")
     missing = sorted(names - present)
     if missing:
         raise ModelError(
@@ -74,11 +78,13 @@ def _check_index(folder: Path, present: set[str]) -> None:
 
 
 def _check_safetensors(file: Path) -> None:
-    with file.open("rb") as stream:
-        if stream.read(40).startswith(b"version https://git-lfs"):
-            raise ModelError(f"{file} is a Git LFS pointer, not a weight: run `git lfs pull` in that folder.")
     try:
+        with file.open("rb") as stream:
+            if stream.read(40).startswith(b"version https://git-lfs"):
+                raise ModelError(f"{file} is a Git LFS pointer, not a weight: run `git lfs pull` in that folder.")
         with safe_open(file, framework="pt"):
             pass
+    except OSError as error:  # such as a link to what is not there
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}.") from error
     except SafetensorError as error:
         raise ModelError(f"{file} is damaged or was not downloaded wholly ({error}): download it again.") from error

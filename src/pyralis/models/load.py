@@ -193,7 +193,7 @@ def _load_config(source: ModelSource, settings: ModelSettings) -> PreTrainedConf
             f"{source.path} is neither a folder here nor can it be had from the hub ({_first_line(error)}). "
             "Check the name and the connection, or download it elsewhere and give its folder."
         ) from error
-    except (ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a config with odd values makes transformers raise anything
         raise ModelError(f"The config of {source.path} cannot be used: {_first_line(error)}") from error
 
 
@@ -224,7 +224,7 @@ def _from_pretrained(source: ModelSource, options: dict[str, Any]) -> PreTrained
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **options)
         model, report = loaded
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a config that fits no model, or a damaged GGUF file, makes libraries raise anything
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError(f"{source.path} does not fit into the GPU's memory: {_first_line(error)}") from error
         raise ModelError(f"{source.path} cannot be loaded: {_first_line(error)}") from error

@@ -52,7 +52,7 @@ def load_tokenizer(
             **(hub or HubOptions()).arguments(location),
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged file makes transformers, tokenizers and gguf raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, OSError) and not Path(location).exists():
             raise ModelError(

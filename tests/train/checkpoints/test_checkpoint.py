@@ -144,3 +144,31 @@ def test_publish_replaces_files_and_folders(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["new"]
     assert (tmp_path / "b").read_text() == "b"
     assert not staging.exists()
+
+
+@pytest.mark.parametrize(
+    "result", [["../kept", "kept.txt/..", "..", ".", "", "a\0b", "a" * 5000, 7, None], {"kept": 1}, "kept", 7]
+)
+def test_a_record_clears_nothing_outside_of_its_folder(tmp_path: Path, result: object) -> None:
+    (tmp_path / "kept").mkdir()
+    output = unfinished(tmp_path / "out", 3)
+    absolute = [str(tmp_path / "kept"), "model.safetensors"] if isinstance(result, list) else []
+    (output / "model.safetensors").touch()
+    write_json(output / RUN_NAME, {"status": "finished", "result": [*result, *absolute] if absolute else result})
+    prepare_output_dir(output, find_start_point(output, CONFIG, overwrite=True))
+    assert (tmp_path / "kept").is_dir()
+    assert (output / "model.safetensors").exists() != bool(absolute)
+
+
+@pytest.mark.parametrize("state", [{}, {"global_step": "3"}, {"global_step": None}])
+def test_a_checkpoint_without_its_step(tmp_path: Path, state: dict[str, object]) -> None:
+    write_json(unfinished(tmp_path, 3) / "checkpoint-3" / "trainer_state.json", state)
+    start = find_start_point(tmp_path, CONFIG)
+    with pytest.raises(ConfigError, match="its global_step is"):
+        assert start.step
+
+
+def test_a_damaged_record(tmp_path: Path) -> None:
+    (unfinished(tmp_path, 3) / RUN_NAME).write_text("[" * 50_000)
+    with pytest.raises(ConfigError, match=r"pyralis_run\.json is damaged"):
+        find_start_point(tmp_path, CONFIG)

@@ -123,3 +123,12 @@ def test_a_full_disk(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
     assert damage(before[0][1]) is None
     assert not list(output.glob(".saving-*"))
     assert run(tiny_llama, chats, output, max_steps=2, save_steps=1).summary.steps == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"a": {"bytes": Infinity, "xxh3_128": "0"}}', '{"a\\u0000": {"bytes": 1, "xxh3_128": "0"}}', "[" * 50_000],
+)
+def test_checksums_that_are_none(folder: Path, content: str) -> None:
+    (folder / CHECKSUMS_NAME).write_text(content)
+    assert damage(folder) == f"{CHECKSUMS_NAME} is damaged"

@@ -154,3 +154,36 @@ def test_what_is_no_saved_step(tmp_path: Path, tiny_llama: Path, chats: Path) ->
     config.unlink()
     with pytest.raises(DataError, match="Leave the saved step in the folder of its run"):
         replay(folder)
+
+
+def test_a_folder_of_someone_else(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    """Its config runs no code, its record leads nowhere else, and a batch that fits no model is named."""
+    folder = stopped(tiny_llama, chats, tmp_path / "out", learning_rate=1e30, max_steps=8)
+    output = folder.parent
+
+    def refused(file: Path, match: str, error: type[Exception] = DataError, **changes: Any) -> None:
+        whole = file.read_text()
+        file.write_text(json.dumps(json.loads(whole) | changes))
+        with pytest.raises(error, match=match):
+            replay(folder)
+        file.write_text(whole)
+
+    config, record, step = output / "pyralis_config.json", output / "pyralis_run.json", folder / "step.json"
+    refused(
+        config, r"sets allow_pickle_weights, which can run code.* add --trust", ConfigError, allow_pickle_weights=True
+    )
+    refused(record, "compute_dtype is 'e'", compute_dtype="e")
+    refused(record, r"rope_scaled_to \[1\]", rope_scaled_to=[1])
+    refused(step, r"checkpoint is '\.\./\.\./checkpoint-1'", checkpoint="../../checkpoint-1")
+    refused(step, "not whole numbers", step="7")
+    refused(step, "a text and its number", micro_batches=[{"loss": 1, "num_items": 1, "rows": [{"text": 7}]}])
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"allow_pickle_weights": True}))
+    assert replay(folder, trust=True).found
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"allow_pickle_weights": False}))
+    batch = load_file(folder / "batch.safetensors")
+    save_file({name: tensor + 10**6 for name, tensor in batch.items()}, folder / "batch.safetensors")
+    with pytest.raises(DataError, match="the model cannot compute micro-batch 1"):
+        replay(folder)
+    record.write_text("[]")
+    with pytest.raises(DataError, match="it holds a list"):
+        replay(folder)

@@ -42,7 +42,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON file of a run. Raises ConfigError where it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}): delete it, or set overwrite_output_dir: true.") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is damaged (no JSON object): delete it, or set overwrite_output_dir: true.")
@@ -90,7 +90,11 @@ class StartPoint:
         """The optimizer step of the checkpoint."""
         if self.checkpoint is None:
             return None
-        return int(read_object(self.checkpoint / STATE_NAME)["global_step"])
+        path = self.checkpoint / STATE_NAME
+        step = read_object(path).get("global_step")
+        if not isinstance(step, int):
+            raise ConfigError(f"{path} is damaged: its global_step is {step!r}, expected a number of steps.")
+        return step
 
 
 def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -243,21 +247,21 @@ def prepare_output_dir(output_dir: Path, start: StartPoint) -> None:
             shutil.rmtree(path)
     for path in output_dir.glob("nan-step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for name in _result_names(output_dir):
-        path = output_dir / name
-        if path.parent != output_dir or name in ("", ".", ".."):
-            continue
-        if path.is_dir():
+    for path in _results(output_dir):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def _result_names(output_dir: Path) -> list[str]:
+def _results(output_dir: Path) -> list[Path]:
+    """What of the folder the record of an earlier run calls its result. Names that lead out of it name nothing."""
     try:
-        return list(run_record(output_dir).get("result", ()))
+        names = run_record(output_dir).get("result")
     except ConfigError:  # a damaged record, which is written anew
         return []
+    named = {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+    return [path for path in output_dir.iterdir() if path.name in named]
 
 
 def publish(staging: Path, output_dir: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,8 +40,12 @@ def damage(folder: Path) -> str | None:
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))
         wanted = {name: (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in expected.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return _first_damage(folder, wanted)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{CHECKSUMS_NAME} is damaged"
+
+
+def _first_damage(folder: Path, wanted: Mapping[str, tuple[int, str]]) -> str | None:
     for name, (size, digest) in wanted.items():
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -108,12 +109,18 @@ def _may_train_embeddings(config: TrainConfig) -> bool:
 
 
 def _places(config: TrainConfig) -> Iterator[Finding]:
-    output = Path(config.output_dir).resolve()
-    if output.exists() and not output.is_dir():
+    try:
+        output = Path(config.output_dir).resolve()
+        there = output.exists()
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        yield Finding(("output_dir",), f"output_dir: {config.output_dir[:80]!r} is no name for a folder: {error}.")
+        return
+    if there and not output.is_dir():
         yield Finding(("output_dir",), f"output_dir: {config.output_dir} is a file; expected a folder, or a new name.")
     for name in ("model_name_or_path", "load_adapter"):
         value = getattr(config, name)
-        if value and Path(value).expanduser().is_dir() and Path(value).expanduser().resolve() == output:
+        folder = os.path.expanduser(value or "")
+        if os.path.isdir(folder) and Path(folder).resolve() == output:
             yield Finding(
                 ("output_dir", name),
                 f"output_dir: {config.output_dir} is the {name} itself, which the result would overwrite. Choose "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ def check_files(config: TrainConfig) -> None:
 
     Raises ConfigError for what is missing.
     """
-    missing = [f"{name}: there is no {path}" for name, path in _files_named(config) if not Path(path).exists()]
+    missing = [f"{name}: there is no {path}" for name, path in _files_named(config) if not os.path.exists(path)]
     if missing:
         raise ConfigError(". ".join(missing) + ". Paths are relative to the folder the command is started in.")
     if config.push_to_hub and not hub_is_reachable():
@@ -43,14 +44,14 @@ def model_rule(config: TrainConfig) -> Iterator[Finding]:
             "transformers and seldom imports on transformers 5.",
         )
     name = config.model_name_or_path
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+    if name.startswith(("/", "./", "../", "~")) and not os.path.isdir(os.path.expanduser(name)):
         yield note("model_name_or_path", message=f"model_name_or_path: there is no folder {name} here; a run needs it.")
 
 
 def files_rule(config: TrainConfig) -> Iterator[Finding]:
     """A file that is missing may yet come, so it is a note here and an error at the start of a run."""
     for name, path in _files_named(config):
-        if not Path(path).exists():
+        if not os.path.exists(path):
             yield note(name, message=f"{name}: there is no {path} here; a run needs it.")
         elif Path(path).is_file() != (name != "load_adapter"):
             expected = "the folder of an adapter" if name == "load_adapter" else "a JSON file"
@@ -58,7 +59,7 @@ def files_rule(config: TrainConfig) -> Iterator[Finding]:
         elif name != "load_adapter":
             try:
                 json.loads(Path(path).read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (OSError, ValueError, RecursionError) as error:
                 yield Finding((name,), f"{name}: {path} is not valid JSON: {error}.")
 
 

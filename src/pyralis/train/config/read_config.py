@@ -13,6 +13,8 @@ import yaml
 from pyralis.errors import ConfigError
 from pyralis.train.config.suggest import did_you_mean
 
+MOST_VALUES = 100_000
+
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """The mapping in a JSON or YAML file, told apart by extension, else by content.
@@ -71,12 +73,16 @@ def _parse_json(text: str, path: Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if text.strip() else ""
+        line = text.split("\n")[error.lineno - 1]
         raise ConfigError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
             + (f"\n    {line.rstrip()}\n    {' ' * (error.colno - 1)}^" if line else "")
             + "\nJSON has no comments and no comma behind the last item; YAML (.yaml) allows comments."
         ) from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid JSON: it is nested too deeply for a config.") from None
+    except ValueError as error:  # a number of too many digits
+        raise ConfigError(f"{path}: not valid JSON: {error}.") from None
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -101,15 +107,53 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _s
 
 
 def _parse_yaml(text: str, name: str) -> Any:
-    loader = _StrictLoader(text)
+    try:
+        loader = _StrictLoader(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}") from None
     loader.name = name
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_aliases(node, name)
+        return loader.construct_document(node)
+    except ConfigError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{name}: not valid YAML{place}: {error.problem or error.context}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ConfigError(f"{name}: not valid YAML: it is nested too deeply for a config.") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # PyYAML's own, of odd scalars
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
     finally:
         loader.dispose()
+
+
+def _check_aliases(node: yaml.Node, name: str) -> None:
+    """Raise ConfigError for more than MOST_VALUES with aliases written out, and for an alias inside of what it names: a
+    few lines of such would fill any memory."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_VALUES + 1  # of an alias inside of itself
+            parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if size(node) > MOST_VALUES:
+        raise ConfigError(
+            f"{name}: its aliases (*name) make it more than {MOST_VALUES:,} values, or stand inside of what they name. "
+            "Write out what is meant."
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -111,17 +112,30 @@ def read_step(folder: Path) -> tuple[SavedStep, list[dict[str, Tensor]], dict[st
         if values["parameters"] is not None:
             values["parameters"] = tuple(values["parameters"])
         saved = SavedStep(**{field.name: values[field.name] for field in fields(SavedStep)})
+        _check_types(saved)
         batches: list[dict[str, Tensor]] = [{} for _ in micro_batches]
         for key, tensor in load_file(folder / BATCH_NAME).items():
             number, _, name = key.partition(".")
             batches[int(number)][name] = tensor
         weights = load_file(folder / WEIGHTS_NAME) if (folder / WEIGHTS_NAME).is_file() else {}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise DataError(
             f"{folder} is no saved step ({type(error).__name__}: {error}). Give a folder such as "
             f"OUTPUT/{FOLDER_PREFIX}120, which a run writes when a loss or a gradient is not finite."
         ) from error
     return saved, batches, weights
+
+
+def _check_types(saved: SavedStep) -> None:
+    """Raise ValueError for what no run writes; `checkpoint` must not lead out of the run."""
+    numbers = (saved.step, saved.seed, saved.rank)
+    rows = [row for micro_batch in saved.micro_batches for row in micro_batch.rows]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"step, seed and rank are {numbers!r}, not whole numbers")
+    if not all(isinstance(row.text, str) and isinstance(row.row, int | None) for row in rows):
+        raise ValueError("a row is something else than a text and its number")
+    if saved.checkpoint is not None and not re.fullmatch(r"checkpoint-\d+", saved.checkpoint):
+        raise ValueError(f"checkpoint is {saved.checkpoint!r}, not such as checkpoint-100")
 
 
 def _plain(value: Any) -> Any:

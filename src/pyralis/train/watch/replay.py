@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from pyralis.train.setup import lora_settings
 from pyralis.train.watch.nan_record import SavedStep, read_step
 from pyralis.train.watch.non_finite import Origin, find_origin
 
+_DTYPES = ("float32", "float16", "bfloat16")
+_TRUSTING = ("trust_remote_code", "allow_pickle_weights")
 ADVICE = {
     "weight": "If it is a weight of the base model, its file is damaged; if it is one that is trained, an earlier step "
     "spoilt it: lower learning_rate, and go on from a checkpoint before.",
@@ -64,14 +66,19 @@ class Replay:
         )
 
 
-def replay(folder: str | Path, progress: Callable[[str], None] | None = None) -> Replay:
+def replay(folder: str | Path, progress: Callable[[str], None] | None = None, *, trust: bool = False) -> Replay:
     """Run the step saved in `OUTPUT/nan-step-N` on the stock model, in float32 and in the run's own dtype, with
     dropout off, and find where the first value that is not finite arises. Works on a CPU.
 
     Its weights are those of the step where they were kept (adapters), else those of the last checkpoint or the base.
 
+    Args:
+        trust: allow what the run's config allows: code that comes with the model, pickled weights. The folder may be
+            someone else's.
+
     Raises:
-        DataError: the folder is no saved step. ConfigError: it is one of preferences. ModelError: as `load_model`.
+        DataError: the folder is no saved step, or one that its model cannot compute. ConfigError: it is one of
+            preferences, or needs `trust`. ModelError: as `load_model`.
     """
     folder = Path(folder)
     saved, batches, weights = read_step(folder)
@@ -80,7 +87,12 @@ def replay(folder: str | Path, progress: Callable[[str], None] | None = None) ->
     if values.get("task_type") == "dpo":
         raise ConfigError(f"{folder}: this step is of task_type: dpo; replay runs steps of sft and pretrain.")
     config = config_from_dict(values).config
-    trained = getattr(torch, str(record.get("compute_dtype", "float32")))
+    if not trust and (asked := [name for name in _TRUSTING if getattr(config, name)]):
+        raise ConfigError(
+            f"{output_dir / CONFIG_NAME} sets {' and '.join(asked)}, which can run code that comes with the model. If "
+            "you trust who made that run and its model, add --trust."
+        )
+    trained = _compute_dtype(record, output_dir / RUN_NAME)
     found = []
     source = ""
     for dtype in dict.fromkeys((torch.float32, trained)):
@@ -93,7 +105,15 @@ def replay(folder: str | Path, progress: Callable[[str], None] | None = None) ->
                 progress(f"{_name(dtype)}: micro-batch {number + 1} of {len(batches)}")
             model.zero_grad()
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            origin = find_origin(model, on_device, saved.micro_batches[number].num_items, dtype)
+            try:
+                origin = find_origin(model, on_device, saved.micro_batches[number].num_items, dtype)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a batch of other tensors than the model takes makes it raise anything
+                raise DataError(
+                    f"{folder}: the model cannot compute micro-batch {number + 1} ({type(error).__name__}: {error}). "
+                    "Is the folder that of another model, or damaged?"
+                ) from error
             found.append(ReplayedMicroBatch(number, dtype, origin))
         del model
     return Replay(saved, source, tuple(found))
@@ -141,12 +161,25 @@ def _put(model: PeftModel, weights: dict[str, Tensor]) -> None:
         parameters[name].copy_(tensor)
 
 
+def _compute_dtype(record: Mapping[str, Any], path: Path) -> torch.dtype:
+    name, length = record.get("compute_dtype", "float32"), record.get("rope_scaled_to")
+    if name not in _DTYPES or not isinstance(length, int | None):
+        raise DataError(
+            f"{path} is damaged: compute_dtype is {name!r} and rope_scaled_to {length!r}; expected one of "
+            f"{', '.join(_DTYPES)}, and a number of tokens or null."
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}). Leave the saved step in the folder of its run.") from error
-    return dict(values)
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is damaged: it holds a {type(values).__name__}, expected a JSON object.")
+    return values
 
 
 def _name(dtype: torch.dtype) -> str:
