@@ -112,9 +112,12 @@ def _derived(config: TrainConfig, name: str) -> str:
         return f"{found.name}, {found.reason}" if found.source != "unknown" else found.reason
     if name == "epochs":
         return f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g}"
-    words = {"auto": "what the machine does best", "float32": "float32"}
-    dtype = config.requested_dtype
-    return words.get(dtype, f"{dtype} (float32 where there is no GPU)")
+    return {
+        "auto": "what the machine does best",
+        "bfloat16": "bfloat16 (float32 on a CPU that is not fast in it)",
+        "float16": "float16 (float32 where there is no GPU)",
+        "float32": "float32",
+    }[config.requested_dtype]
 
 
 def _other_values(config: TrainConfig) -> dict[str, Any]:

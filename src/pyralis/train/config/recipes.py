@@ -49,7 +49,6 @@ def recipe(model: str, task: str, mode: str, *, billions: float, template: str =
         values |= {"lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.05}
     return values | {
         "gradient_checkpointing": True,
-        "bf16": True,
         "logging_steps": 10,
         "save_strategy": "steps",
         "save_steps": 100,
