@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from pyralis.models import surgery
 from pyralis.models.surgery import AccelerationReport, accelerate, decoder_backbone, decoder_layers, report, restore
 from pyralis.models.swap import is_fast
 from tests.models.fast_models import (
@@ -42,6 +46,22 @@ def test_without_a_block_all_is_stock() -> None:
     with block_in_place(None):
         model = build_tiny_model()
         assert accelerate(model, families=EVERY).lines == ("2 of 2 layers stock: there is no fused block",)
+
+
+def test_a_gpu_on_which_no_kernel_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def unavailable(device: torch.device) -> str:
+        asked.append(device)
+        return "Triton cannot start kernels: why"
+
+    monkeypatch.setattr(surgery, "unavailable", unavailable)
+    assert accelerate(build_tiny_model()).fast_layers == 2  # a CPU needs none
+    assert not asked
+    layers = [SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 1))]))]
+    monkeypatch.setattr(surgery, "decoder_layers", lambda model: layers)
+    assert accelerate(build_tiny_model(), "on").lines == ("1 of 1 layers stock: Triton cannot start kernels: why",)
+    assert asked == [torch.device("cuda", 1)]
 
 
 def test_through_peft() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import subprocess
 
 import pytest
 import torch
 
-from pyralis.ops import _triton
+from pyralis.ops import _start, _triton
 from pyralis.ops._triton import (
     Gpu,
     cdiv,
@@ -94,3 +95,47 @@ def test_arithmetic() -> None:
     assert [next_power_of_2(n) for n in (0, 1, 2, 3, 4096, 4097)] == [1, 1, 2, 4, 4096, 8192]
     assert [cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert [warps_for(n) for n in (16, 512, 4096, 10**6)] == [1, 1, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "apt install gcc"),
+        (subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]), "python3-dev"),
+        (FileNotFoundError("cc"), "apt install gcc"),
+        (RuntimeError("Triton Error [CUDA]: device kernel image is invalid\nmore"), "device kernel image is invalid"),
+        (ValueError(), "ValueError"),
+        (None, None),
+    ],
+)
+def test_a_gpu_on_which_nothing_starts(monkeypatch: pytest.MonkeyPatch, error: Exception | None, told: str) -> None:
+    tried = []
+
+    def start(device: torch.device) -> None:
+        tried.append(device)
+        if error is not None:
+            raise error
+
+    device = torch.device("cuda", 7)
+    monkeypatch.setattr(_start, "_start", start)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    _start.start_problem.cache_clear()
+    try:
+        problems = [unavailable(device) for _ in range(2)]
+    finally:
+        _start.start_problem.cache_clear()
+    assert tried == [device]
+    assert problems[0] == problems[1]
+    if told is None:
+        assert problems[0] is None
+    else:
+        assert problems[0] is not None
+        assert problems[0].startswith("Triton cannot start kernels: ")
+        assert told in problems[0]
+        assert "more" not in problems[0]
+
+
+def test_what_is_tried(device: torch.device) -> None:
+    target = torch.zeros(1, dtype=torch.int32, device=device)
+    _start._write_one[(1,)](target)
+    assert target.item() == 1

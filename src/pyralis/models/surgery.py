@@ -13,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import nn
 
 from pyralis.models import fast_path
@@ -23,6 +24,7 @@ from pyralis.models.fast_path import backbone_forward, backbone_state, layer_for
 from pyralis.models.layer_state import hooked_module, layer_state
 from pyralis.models.model_weights import ModelWeights
 from pyralis.models.swap import FAST_STATE, STOCK_CLASS, fast_modules, is_fast, restore_module, stock_class, swap
+from pyralis.ops._triton import unavailable
 
 __all__ = [
     "PROVEN", "STOCK_CLASS", "Acceleration", "AccelerationReport", "LayerReport", "accelerate", "decoder_backbone",
@@ -77,6 +79,8 @@ def accelerate(
     layers, backbone = decoder_layers(model), decoder_backbone(model)
     if mode == "off":
         return _all_stock(layers, Reason("acceleration is off"))
+    if (reason := _no_kernels(layers)) is not None:
+        return _all_stock(layers, reason)
     reasons = [_reason(layer, backbone, families) for layer in layers]
     if backbone is not None and any(reason is None for reason in reasons):
         swap(backbone, backbone_forward)
@@ -149,6 +153,13 @@ def _layer_list(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
             if isinstance(child, nn.ModuleList) and len(child) == depth:
                 return parent, child
     return None
+
+
+def _no_kernels(layers: list[nn.Module]) -> Reason | None:
+    """Why kernels cannot run on the layers' GPU; None if they can, or on a CPU, where none are needed."""
+    device = next((p.device for layer in layers for p in layer.parameters()), torch.device("cpu"))
+    problem = unavailable(device) if device.type == "cuda" else None
+    return None if problem is None else Reason(problem)
 
 
 def _reason(layer: nn.Module, backbone: nn.Module | None, families: Collection[str]) -> Reason | None:

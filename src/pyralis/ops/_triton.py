@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from pyralis.ops._compiled import launch_compiled
+from pyralis.ops._start import start_problem
 
 try:
     import triton
@@ -95,7 +96,7 @@ def unavailable(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
     if device.type == "cuda":
-        return "Triton was imported with TRITON_INTERPRET=1" if INTERPRETED else None
+        return "Triton was imported with TRITON_INTERPRET=1" if INTERPRETED else start_problem(device)
     if device.type == "cpu":
         return None if _cpu_kernels.get() else "kernels need a GPU"
     return f"no kernels for device type '{device.type}'"

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from pyralis.compat import installed_versions
+from pyralis.ops._triton import unavailable
 
 PACKAGES = (
     *("pyralis", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "triton"),
@@ -95,13 +96,20 @@ def describe_environment() -> Environment:
 
 
 def probe_capabilities() -> tuple[Capability, ...]:
-    """Try bf16, fp16 and NF4 on the GPU, or on the CPU without one. Takes about a second, most of it imports."""
+    """Try bf16, fp16, NF4 and Triton on the GPU, or on the CPU, without one, all but Triton. Takes about a second, most
+    of it imports."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return (
         _probe_dtype("bf16", torch.bfloat16, device),
         _probe_dtype("fp16", torch.float16, device),
         _probe_nf4(device),
+        *((_probe_triton(device),) if device.type == "cuda" else ()),
     )
+
+
+def _probe_triton(device: torch.device) -> Capability:
+    problem = unavailable(device)
+    return Capability("Triton", problem is None, problem or "")
 
 
 def _probe_dtype(name: str, dtype: torch.dtype, device: torch.device) -> Capability:
