@@ -69,6 +69,8 @@ def test_what_is_under_the_pointer(report: Browser) -> None:
     assert tip[:4] == ["step", "20", "loss", "0.7134"] or tip[:4] == ["step", "21", "loss", "0.6883"]
     assert "learning rate" in tip
     assert report.run(SHOWN.format("#loss-chart .rule"))
+    box = "((name) => document.querySelector(`#loss-chart .${name}`).getBoundingClientRect())"
+    assert report.run(f"{box}('tip').top >= {box}('zoom').bottom")
     report.mouse("mouseMoved", 2, 2)
     assert not report.run(SHOWN.format("#loss-chart .tip"))
 

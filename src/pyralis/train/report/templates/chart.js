@@ -181,7 +181,7 @@
       const seen = svg.getBoundingClientRect();
       const at = (place(step) * seen.width) / width;
       tip.style.left = `${at + (at > seen.width / 2 ? -tip.offsetWidth - 12 : 12)}px`;
-      tip.style.top = `${svg.offsetTop + 16}px`;
+      tip.style.top = `${seen.top - frame.getBoundingClientRect().top + 12}px`;
     };
 
     // ---- zoom ----
