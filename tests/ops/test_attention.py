@@ -205,6 +205,20 @@ def test_a_backend_that_fails_when_tried_is_passed_over(monkeypatch: pytest.Monk
             assert module._try("flash_cpu", make_spec(4, 2, 64, window), trial, torch.bfloat16, CPU) is None
 
 
+def test_any_error_passes_a_backend_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's want of shared memory (FlexAttention at 256 features on an RTX 3090) is no RuntimeError."""
+
+    class OutOfResources(Exception): ...
+
+    def raises(*_: object) -> tuple[Tensor, State]:
+        raise OutOfResources("out of resource: shared memory, Required: 114688, Hardware limit: 101376.")
+
+    right = module.BACKENDS["math"]
+    monkeypatch.setattr(module, "BACKENDS", {**module.BACKENDS, "flex": replace(right, forward=raises)})
+    reason = module._try("flex", make_spec(4, 2, 64), make_layout("padded", CPU), torch.float16, CPU)
+    assert str(reason).startswith("failed when tried: out of resource: shared memory")
+
+
 def test_a_wrong_gradient_is_noticed_when_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     right = module.BACKENDS["flash_cpu"]
     for which in range(3):
