@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: request.param)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6) if request.param else (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
 
 

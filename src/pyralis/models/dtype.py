@@ -87,7 +87,8 @@ def choose_dtype(requested: DtypeName, device: torch.device) -> DtypeChoice:
         ModelError: bfloat16 was asked for on a GPU that only emulates it.
     """
     if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        # torch.cuda.is_bf16_supported tells of the current device, which may be another one.
+        has_bfloat16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
         name = torch.cuda.get_device_name(device)
         if requested == "auto":
             if has_bfloat16:
