@@ -23,6 +23,7 @@ from pyralis.train import lean
 from pyralis.train.arguments import PyralisTrainingArguments
 from pyralis.train.flat_optimizer import flat_optimizer
 from pyralis.train.trainer import PyralisTrainer
+from tests.engine.faults import Wrong
 from tests.engine.steps import make
 from tests.engine.tape import TapeRecorder
 from tests.tiny import build_tiny_model
@@ -72,14 +73,22 @@ def equal(got: Path, want: Path) -> None:
         {"packing": True, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 1},
         {"gradient_checkpointing": True, "max_grad_norm": 0.1},
         {"eval_split": 0.25, "eval_strategy": "steps", "eval_steps": 2, "modules_to_save": ["lm_head"]},
+        {
+            "eval_split": 0.25,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_steps": 2,
+            "load_best_model_at_end": True,
+        },
     ],
-    ids=["accumulated", "packed", "checkpointed", "evaluated"],
+    ids=["accumulated", "packed", "checkpointed", "evaluated", "best"],
 )
 def test_a_run(recorder: Counting, values: dict[str, Any], tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
     for mode in ("off", "auto"):
         run(tiny_llama, chats, tmp_path / mode, cuda_graph=mode, max_steps=8, **values)
         assert (recorder.replays > 6) is (mode == "auto")
     equal(tmp_path / "auto", tmp_path / "off")
+    assert "recorded steps checked" in (tmp_path / "auto" / "report.html").read_text()
     losses = [
         [
             row["loss"]
@@ -173,6 +182,25 @@ def test_memory_runs_short_in_a_backward(recorder: Counting, monkeypatch: pytest
     assert failed
     for a, b in zip(models[1].parameters(), models[0].parameters()):
         assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_a_run_whose_recorded_steps_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is found before the first of them counts; the run is that without them."""
+    models = tuned(), tuned()
+    spoilt = next(p for name, p in models[1].named_parameters() if "layers.1.mlp.down_proj.lora_A" in name)
+
+    @torch.no_grad()
+    def fault() -> None:
+        assert spoilt.grad is not None
+        spoilt.grad.mul_(2)
+
+    monkeypatch.setattr(step_graphs, "recorder_for", lambda device: Wrong(1, fault))
+    trainers = [trained(model, tmp_path / mode, cuda_graph=mode) for model, mode in zip(models, ("off", "auto"))]
+    for a, b in zip(models[1].parameters(), models[0].parameters()):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    assert trainers[0].step_graphs_summary is None
+    assert "0 micro-steps replayed" in str(trainers[1].step_graphs_summary)
+    assert "given up: a recorded step is not what it is" in str(trainers[1].step_graphs_summary)
 
 
 def test_an_engine_chosen_by_hand_stays(recorder: Counting, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ class Checked:
 
     def __str__(self) -> str:
         return (
-            f"loss {self.loss:.1e} and gradients at most {self.gradient:.1e} from those of the same step run, loss of "
-            f"the batch without a bucket's padding {self.bucket:.1e}"
+            f"loss {self.loss:.1e} and gradients at most {self.gradient:.1e} from those of the same step launched "
+            f"kernel by kernel, padding moves the loss by {self.bucket:.1e}"
         )
 
     @property
@@ -71,6 +71,14 @@ class Checked:
             if not value <= self.limit * LOSS_SHARE:
                 return f"{what} differs by {value:.1e}, {allowed}"
         return None
+
+
+def summary_of(checks: Sequence[Checked], replays: int, over: object | None) -> str:
+    """One line on the checks of a run and what came of them. over: why recorded steps were given up, if they were."""
+    largest = max(checks, key=lambda one: one.gradient)
+    worst = replace(largest, loss=max(c.loss for c in checks), bucket=max(c.bucket for c in checks))
+    end = "" if over is None else f"; given up: {over}"
+    return f"{replays} micro-steps replayed from CUDA graphs; recorded steps checked, {len(checks)}: {worst}{end}"
 
 
 def measured(gradients: StepGradients, run: Callable[[], Tensor]) -> Measured:

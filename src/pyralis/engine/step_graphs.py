@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -27,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from pyralis.engine.captured_step import Replay, replayed
+from pyralis.engine.patience import Patience
 from pyralis.engine.proof import Proof, gradients_of
 from pyralis.engine.recordable import RecordableStep, recordable
 from pyralis.engine.recorded_steps import RecordedSteps
 from pyralis.engine.recorders import Recorder, first_line, is_shortage, mended, recorder_for
-from pyralis.engine.step_check import Checked
+from pyralis.engine.step_check import Checked, summary_of
 from pyralis.engine.step_state import step_state
 from pyralis.engine.surroundings import Surroundings
 from pyralis.models.block import is_distributed
@@ -43,7 +43,6 @@ CudaGraph: TypeAlias = Literal["auto", "off"]
 
 WARM_UP = 2  # steps of a shape before it is recorded
 MOST_STEPS = 48  # recorded at once; more shapes than that come too seldom to be worth it
-MOST_PATIENCE = 6  # shortages of memory, each of which doubles the steps before a shape is recorded
 FIRST_STEPS = Reason("the first steps of a shape")
 NO_GRADIENT = Reason("no gradient is wanted")
 ANOTHER = Reason("the backward of another forward is still to come")
@@ -99,13 +98,17 @@ class StepGraphs:
         self.replays = 0
         self.checks: list[Checked] = []
         self._steps = RecordedSteps(recorder)
-        self._seen: Counter[Hashable] = Counter()
+        self._patience = Patience(WARM_UP)
         self._refused: dict[Hashable, Reason] = {}
         self._over: Reason | None = None  # why nothing is recorded any more
-        self._shortages = 0
         self._model_state: tuple[Any, ...] = ()
         self._pending: weakref.ref[Replay] | None = None
         self._said: set[str] = set()
+
+    @property
+    def summary(self) -> str | None:
+        """What became of recorded steps, as a line of a report; None if there were none."""
+        return summary_of(self.checks, self.replays, self._over) if self.checks else None
 
     def drop(self) -> bool:
         """Forget all recorded steps and give their memory back; False if there were none. They are recorded anew."""
@@ -113,14 +116,12 @@ class StepGraphs:
 
     def make_room(self) -> bool:
         """Memory ran short: give that of recorded steps back, and wait longer before the next; False: there is none."""
-        if not self.drop():
-            return False
-        self._wait_longer()
-        return True
+        if had := self.drop():
+            self._wait_longer()
+        return had
 
     def _wait_longer(self) -> None:
-        self._shortages += 1
-        self._seen.clear()
+        self._patience.wait_longer()
         logger.info("Memory ran short beside recorded training steps: they are dropped, and recorded anew later.")
 
     def __call__(self, causal: Any, head: Head, arguments: Mapping[str, Any], request: LossRequest) -> Tensor:
@@ -133,7 +134,7 @@ class StepGraphs:
             self._tell(found)
             return self._roomy(as_it_is)
         if found.key not in self._steps:
-            reason = self._refused.get(found.key) or self._warms_up(found) or self._record(found, as_it_is)
+            reason = self._refused.get(found.key) or self._waits(found) or self._record(found, as_it_is)
             if reason is not None:
                 self._tell(reason)
                 return self._roomy(partial(self._steps.run, found) if reason is FIRST_STEPS else as_it_is)
@@ -190,18 +191,15 @@ class StepGraphs:
             return state
         if state != self._model_state:
             self.drop()
-            self._seen.clear()
+            self._patience.start_anew()
             self._refused.clear()
             self._model_state = state
         return recordable(causal, head, arguments, request)
 
-    def _warms_up(self, step: RecordableStep) -> Reason | None:
-        self._seen[step.key] += 1
-        if self._seen[step.key] <= WARM_UP << min(self._shortages, MOST_PATIENCE):
+    def _waits(self, step: RecordableStep) -> Reason | None:
+        if self._patience.waits(step.key):
             return FIRST_STEPS
-        if len(self._steps) >= MOST_STEPS:
-            return Reason(f"{MOST_STEPS} shapes are recorded already")
-        return None
+        return Reason(f"{MOST_STEPS} shapes are recorded already") if len(self._steps) >= MOST_STEPS else None
 
     def _roomy(self, compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` returns; where memory is short, without the recorded steps' memory."""
@@ -223,7 +221,7 @@ class StepGraphs:
                 raise
             return FIRST_STEPS
         if not proof.run.tells():  # of a batch in which nothing is learnt, say; another one will
-            self._seen[step.key] = 0
+            self._patience.start_anew(step.key)
             return FIRST_STEPS
         tokens = step.batch.input_ids.numel()
         if any(known.static.input_ids.numel() < tokens for known in self._steps.values()):

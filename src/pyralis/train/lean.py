@@ -51,6 +51,7 @@ class LeanTrainer(Trainer):
     _flops_per_token: float | None = None
     _run: ExitStack | None = None
     _settled = True
+    step_graphs_summary: str | None = None  # of the last run's recorded steps
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,14 +83,17 @@ class LeanTrainer(Trainer):
     # ---- a run ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._flops_per_token = None
+        self._flops_per_token = self.step_graphs_summary = None
         with self._loss_filter(False):
             self._filters_losses = self._wanted_filter
             try:
                 with ExitStack() as self._run:
+                    graphs = None
                     if self._is_replicated and self.args.n_gpu <= 1 and not self.args.torch_compile:
-                        self._run.enter_context(step_graphs(self._trained, self.cuda_graph))
-                    return super().train(*args, **kwargs)
+                        graphs = self._run.enter_context(step_graphs(self._trained, self.cuda_graph))
+                    result = super().train(*args, **kwargs)
+                    self.step_graphs_summary = None if graphs is None else graphs.summary
+                    return result
             finally:
                 self._run = None
                 self._filters_losses = False

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyralis.engine.step_graphs import StepGraphs
+from pyralis.engine.surroundings import RandomState
 from pyralis.memory.auto import Planner, planner_of
 from pyralis.memory.explain import gib
 from pyralis.memory.predict import Settings
@@ -105,9 +106,7 @@ class Before:
     parameters: Sequence[Tensor]
     gradients: list[Tensor | None]
     copies: list[tuple[Tensor, Tensor]] | None  # (buffer, what it held); None: too large to be copied
-    cpu: Tensor
-    gpu: Tensor | None
-    device: torch.device
+    random: RandomState
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> Before:
@@ -119,8 +118,7 @@ class Before:
             size = sum(buffer.nbytes for buffer in buffers.values())
             fits = device.type != "cuda" or size * MOST_SHARE < torch.cuda.mem_get_info(device)[1]
             copies = [(buffer, buffer.detach().clone()) for buffer in buffers.values()] if fits else None
-        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(parameters, gradients, copies, torch.get_rng_state(), gpu, device)
+        return cls(parameters, gradients, copies, RandomState.now(device))
 
     @torch.no_grad()
     def restore(self) -> bool:
@@ -131,7 +129,5 @@ class Before:
             parameter.grad = gradient
         for buffer, copy in self.copies:
             buffer.copy_(copy)
-        torch.set_rng_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu, self.device)
+        self.random.restore()
         return True

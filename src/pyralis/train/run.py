@@ -263,6 +263,7 @@ def _run(
     files = OutcomeFiles(metrics=output_dir / METRICS_NAME)
     if main:
         result = [] if interrupted else result_notes(trainer.best_loaded, metrics.history)
+        result += [trainer.step_graphs_summary] if trainer.step_graphs_summary else []
         batches = data_stats(prepared.data.train, config)
         table = memory_table(plan_of(model.model, predicted), memory.found, summary)
         files = write(metrics.history, batches=batches, samples=samples, notes=result, memory=table)
