@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,10 +35,24 @@ class LiveBytes(TorchDispatchMode):
         for made in tree_leaves(out):
             if isinstance(made, Tensor) and (storage := made.untyped_storage())._cdata not in given:
                 self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        if self._watched and self._alive() > self.peak:
+        if self._watched:
+            self.look()
+        return out
+
+    def look(self) -> None:
+        """What is alive now counts for the peak."""
+        if self._alive() > self.peak:
             gc.collect()  # what the interpreter's cycles of references hold
             self.peak = max(self.peak, self._alive())
-        return out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is alive meanwhile is not looked at; what is made is remembered."""
+        watched, self._watched = self._watched, False
+        try:
+            yield
+        finally:
+            self._watched = watched
 
     def now(self) -> int:
         gc.collect()

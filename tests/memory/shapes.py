@@ -25,6 +25,9 @@ def shape_of(
     fields: dict[str, Any] = dict(MODELS[name])
     fields["num_hidden_layers"] = layers or fields["num_hidden_layers"]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+        config = AutoConfig.for_model(**fields)
+        if getattr(config, "attn_logit_softcapping", None):  # transformers before 5.23 would take SDPA, without it
+            config._attn_implementation = "eager"
+        model = AutoModelForCausalLM.from_config(config)
         tuned = get_peft_model(model, LoraConfig(r=rank, lora_dropout=dropout, target_modules=LINEAR))
     return describe_model(model, decoder_layers(tuned), Gpu((9, 0), 132), assumed=Assumed(four_bit))

@@ -19,7 +19,7 @@ from pyralis.memory.shape import describe_model
 from pyralis.models.causal_lm import causal_lm_loss
 from pyralis.models.checkpointing import choose_save_policy, mlp_tile, save_policy
 from pyralis.models.policy import POLICIES
-from pyralis.models.residency import is_resident
+from pyralis.models.residency import residency
 from pyralis.models.surgery import accelerate, decoder_layers
 from pyralis.ops._triton import Gpu
 from pyralis.train.out_of_memory import retried
@@ -143,7 +143,7 @@ def test_a_choice_by_hand_holds_again_when_the_plan_is_forgotten() -> None:
     follow_plan(base, Planner(look=pretended(1 << 40)))
     loss_of(model).backward()
     assert policies(model) == ["keep"] * 2
-    assert [is_resident(layer) for layer in decoder_layers(model)] == [False] * 2  # plain weights are not made
+    assert [residency(layer) for layer in decoder_layers(model)] == ["at once"] * 2  # plain weights are not made
     forget_plan(base)
     assert policies(model) == ["recompute_cheap"] * 2
     assert planner_of(base) is None

@@ -254,6 +254,11 @@ class Shelf:
 
     def __init__(self) -> None:
         self.held: dict[int, Tensor] = {}
+        self.settled = 0
+
+    def settle(self) -> None:
+        self.settled += 1
+        assert self.settled == len(self.held), "after each put"
 
     def put(self, tensor: Tensor) -> int:
         self.held[len(self.held)] = tensor.clone()
@@ -268,7 +273,7 @@ def test_inputs_in_a_store() -> None:
     fused = Fused(model)
     x = batch.x.float().requires_grad_()
     y = fused.forward(x, batch, "offload_input", store=shelf)
-    assert len(shelf.held) == 2
+    assert len(shelf.held) == shelf.settled == 2
     y.backward(batch.dy.float())
     assert not shelf.held
     assert relative_error(x.grad, truth_of(model, batch).dx) <= 1e-5  # type: ignore[arg-type]

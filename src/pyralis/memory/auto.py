@@ -27,7 +27,7 @@ from pyralis.memory.predict import Settings
 from pyralis.memory.shape import ModelShape, describe_model
 from pyralis.models.checkpointing import plan_save_policy
 from pyralis.models.layout import LENGTHS
-from pyralis.models.residency import keep_matrices
+from pyralis.models.residency import choose_residency
 from pyralis.ops._triton import gpu_of
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Planner:
         self.plan = made
         for layer, policy, resident in zip(causal.model.layers, made.policies, made.keep_matrices):
             plan_save_policy(layer, policy, made.tile)
-            keep_matrices([layer], resident)
+            choose_residency([layer], "kept" if resident else "in turn" if made.in_turn else "at once")
         logger.info("%s", summary(made))
 
 
@@ -157,7 +157,7 @@ def forget_plan(causal: nn.Module) -> None:
     if vars(causal).pop(PLANNER, None) is not None:
         for layer in _layers(causal):
             plan_save_policy(layer, None)
-        keep_matrices(_layers(causal), False)
+        choose_residency(_layers(causal), "at once")
 
 
 def planner_of(causal: nn.Module) -> Planner | None:
@@ -175,7 +175,7 @@ def _layers(causal: Any) -> Any:
 
 
 def _choice(plan: Plan) -> tuple[Any, ...]:
-    return plan.policies, plan.keep_matrices, plan.chunk_bytes, plan.tile
+    return plan.policies, plan.keep_matrices, plan.chunk_bytes, plan.tile, plan.in_turn
 
 
 def autocast_on(device: torch.device) -> torch.dtype | None:
@@ -186,7 +186,8 @@ def autocast_on(device: torch.device) -> torch.dtype | None:
 def _foreign(shape: ModelShape, now: Plan | None, allocated: int, settings: Settings) -> int:
     """Bytes of this process that are nothing of a step: another model's, say."""
     resident = (False,) * len(shape.layers) if now is None else now.keep_matrices
-    return max(0, allocated - standing_bytes(shape, resident, settings.moments).total)
+    in_turn = now is not None and now.in_turn
+    return max(0, allocated - standing_bytes(shape, resident, settings.moments, in_turn=in_turn).total)
 
 
 def _batch(arguments: Mapping[str, Any]) -> Batch | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 
 from pyralis.memory.gpus import GpuRates
 from pyralis.memory.shape import GroupShape, LayerShape, ModelShape
-from pyralis.models.policy import SavePolicy
+from pyralis.models.policy import RECOMPUTING, SavePolicy, makes_product_again
 
 PRODUCTS = 0.91  # of the matmul rate, at a model's shapes
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 0.80, 0.55  # of the matmul rate, at long sequences
@@ -27,6 +27,7 @@ ELEMENTWISE, THIN, DEQUANTISE = 0.95, 0.5, 0.93  # of the copy rate
 # Kernels: of a layer forward and backward, and what a policy adds; outside of the layers.
 KERNELS, KERNELS_OUTSIDE = 50, 120
 KERNELS_TILE = 24  # of a tile of the MLP: forward, again and backward
+KERNELS_IN_TURN = 9  # that make matrices one after another, of a layer that recomputes, above two at once
 KERNELS_AGAIN: dict[SavePolicy, int] = {"keep": 0, "recompute_cheap": 4, "recompute_layer": 18, "offload_input": 22}
 
 
@@ -89,29 +90,40 @@ def again_seconds(layer: LayerShape, policy: SavePolicy, batch: Batch, rates: Gp
     """What a policy adds to the backward; for `offload_input` without the transfer."""
     if policy == "keep":
         return Seconds()
-    if policy != "recompute_cheap":
-        return _forward(layer, batch, rates, whole=False)
-    spec, e = layer.spec, layer.element_size
-    moved = 2 * spec.hidden_size * (layer.residual_size + e) + spec.intermediate_size * e
+    spec, e, down = layer.spec, layer.element_size, layer.groups[3]
+    moved = 2 * spec.hidden_size * (layer.residual_size + e)
+    if not makes_product_again(down.group, down.trains_base):
+        moved += spec.intermediate_size * e
     if spec.q_norm is not None:
         moved += 2 * sum(spec.qkv_features[:2]) * e
-    return Seconds(elementwise=_passes(moved * batch.tokens, rates))
+    cheap = Seconds(elementwise=_passes(moved * batch.tokens, rates))
+    return cheap if policy == "recompute_cheap" else cheap + _forward(layer, batch, rates, whole=False)
 
 
 def tiles_seconds(layer: LayerShape, batch: Batch, rates: GpuRates, tile: int) -> Seconds:
     """What the MLP in tiles adds: rows put in their place, and trained weights' gradients read and written anew."""
     count = -(-batch.tokens // tile)
-    moved = 4 * batch.tokens * layer.spec.hidden_size * layer.residual_size
+    moved = 2 * batch.tokens * layer.spec.hidden_size * layer.residual_size
     moved += 8 * (count - 1) * sum(group.weights for group in layer.groups[2:] if group.trains_base)
     return Seconds(elementwise=_passes(moved + 2 * layer.tile_sums, rates))
 
 
-def matrices_seconds(layer: LayerShape, rates: GpuRates) -> float:
-    """Of making a layer's matrices once; 0 where they lie as they are."""
+def matrices_seconds(
+    layer: LayerShape, rates: GpuRates, policy: SavePolicy, *, in_turn: bool = False, tiles: int = 1
+) -> float:
+    """Of making a layer's matrices for a step; 0 where they lie as they are.
+
+    in_turn: each takes the place of the one before; then with MLPs in `tiles` two of them are made for each tile.
+    """
     if not layer.made:
         return 0.0
+    weights = 2 * layer.weights
+    if in_turn:
+        attention, mlp = (sum(group.weights for group in groups) for groups in (layer.groups[:2], layer.groups[2:]))
+        again = attention + layer.groups[2].weights if policy in RECOMPUTING else 0
+        weights = 2 * (attention + tiles * mlp) + again
     source = 0.516 if layer.four_bit else 4.0
-    return layer.weights * (source + layer.element_size) / (DEQUANTISE * rates.copy_bytes_per_s)
+    return weights * (source + layer.element_size) / (DEQUANTISE * rates.copy_bytes_per_s)
 
 
 def transfer_seconds(layer: LayerShape, batch: Batch, rates: GpuRates) -> float:
@@ -136,14 +148,14 @@ def _passes(moved: float, rates: GpuRates) -> float:
 
 
 def _forward(layer: LayerShape, batch: Batch, rates: GpuRates, *, whole: bool) -> Seconds:
-    """whole: with the down projection, which is never computed again."""
+    """whole: with act(gate) * up and the down projection, which are never computed again."""
     spec, e, T = layer.spec, layer.element_size, batch.tokens
     hidden, residual = spec.hidden_size * e, spec.hidden_size * layer.residual_size
     q, k, _ = spec.qkv_features
     groups = layer.groups if whole else layer.groups[:3]
-    moved = 3 * residual + 3 * hidden + 2 * (q + k) * e + 3 * spec.intermediate_size * e
+    moved = 3 * residual + 3 * hidden + 2 * (q + k) * e
     moved += 2 * spec.query_features * e if layer.groups[1].group.pad else 0
-    moved += residual if whole else 0
+    moved += residual + 3 * spec.intermediate_size * e if whole else 0
     moved += 3 * e * sum(group.group.out_features for group in groups if group.group.dora)
     norms = e * sum(group.weights for group in layer.groups if group.group.dora)  # DoRA's, of W + s B A
     moved += 2 * hidden * (int(spec.post_attention_norm is not None) + int(whole and spec.post_mlp_norm is not None))
@@ -151,7 +163,7 @@ def _forward(layer: LayerShape, batch: Batch, rates: GpuRates, *, whole: bool) -
         products=sum(_product(group, T) for group in groups) / (PRODUCTS * rates.matmul_flops_per_s),
         attention=_attention(layer, batch, rates, 4, ATTENTION_FORWARD),
         elementwise=_passes(moved * T + norms, rates),
-        adapters=sum(_thin(group, T, e, backward=False) for group in layer.groups) / (THIN * rates.copy_bytes_per_s),
+        adapters=sum(_thin(group, T, e, backward=False) for group in groups) / (THIN * rates.copy_bytes_per_s),
     )
 
 

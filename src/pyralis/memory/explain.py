@@ -30,6 +30,8 @@ def layer_lines(plan: Plan) -> list[str]:
     kept = [span for span, kept in _runs(plan.keep_matrices) if kept]
     if kept:
         lines.append(f"{', '.join(kept)}: dequantised matrices are kept between uses")
+    if plan.in_turn:
+        lines.append("dequantised matrices of a layer are made one after another, in the same memory")
     if plan.tile is not None:
         again = [span for span, tiled in _runs(policy in RECOMPUTING for policy in plan.policies) if tiled]
         lines.append(f"{', '.join(again)}: the MLP takes {plan.tile:,} tokens at a time")

@@ -1,15 +1,15 @@
 """Bytes: what a layer keeps between its forward and its backward, and what a step holds besides.
 
 Counted from what the code keeps (`models/block_forward.py`), tensor by tensor; the allocator's rounding to 512 bytes is
-left out. Letters as there: T tokens, H hidden size, e bytes of an element.
+left out. What it holds at its peaks is in `peaks.py`. Letters as there: T tokens, H hidden size, e bytes of an element.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyralis.memory.shape import GroupShape, LayerShape, ModelShape
-from pyralis.models.policy import SavePolicy
+from pyralis.memory.shape import LayerShape, ModelShape
+from pyralis.models.policy import SavePolicy, makes_product_again
 from pyralis.ops._head import GPU_CHUNK_BYTES
 
 MIB = 2**20
@@ -24,115 +24,66 @@ GRADIENT_SIZE = 4  # of an adapter's parameter
 
 def kept_per_token(layer: LayerShape, policy: SavePolicy) -> int:
     """Device bytes that a layer keeps for each token, its input included."""
-    spec, e = layer.spec, layer.element_size
-    hidden, residual = spec.hidden_size * e, spec.hidden_size * layer.residual_size
-    qkv, attention_out, gate_up, down = layer.groups
-    down_out = hidden + _statistics(spec.post_mlp_norm.kind) if spec.post_mlp_norm is not None else 0
-    down_out += hidden if down.trains_magnitude else 0
+    residual, left = layer.spec.hidden_size * layer.residual_size, left_per_token(layer)
     if policy == "offload_input":
-        return down_out
+        return left
     if policy == "recompute_layer":
-        return residual + down_out
+        return residual + left
     keep = policy == "keep"
-    heads, kv_heads = spec.attention.num_heads, spec.attention.num_kv_heads
-    total = residual + down_out  # the input
-    total += _input(qkv, e, keep) + e * qkv.group.out_features * (2 if qkv.trains_magnitude else 1)
-    total += e * attention_out.group.width + 4 * heads + _apart(layer)
+    return 2 * residual + attention_kept(layer, keep=keep) + mlp_kept(layer, keep=keep) + left
+
+
+def attention_kept(layer: LayerShape, *, keep: bool) -> int:
+    """Of attention, its norm included, beside the layer's input. keep: of "keep", not of "recompute_cheap"."""
+    spec, e = layer.spec, layer.element_size
+    qkv, out, _, _ = layer.groups
+    heads, kv_heads, hidden = spec.attention.num_heads, spec.attention.num_kv_heads, spec.hidden_size * e
+    total = statistics(spec.input_norm.kind)
+    total += e * qkv.kept_width(keep=keep) + e * qkv.group.out_features * (2 if qkv.trains_magnitude else 1)
+    total += e * out.group.width + 4 * heads + _apart(layer)
     if spec.q_norm is not None:
         total += 4 * (heads + kv_heads)
         total += e * sum(spec.qkv_features[:2]) if keep else 0
     if spec.post_attention_norm is not None:
-        total += hidden + _statistics(spec.post_attention_norm.kind)
-    total += hidden if attention_out.trains_magnitude else 0
-    total += residual  # between attention and MLP
-    total += _statistics(spec.input_norm.kind) + _statistics(spec.pre_mlp_norm.kind)
-    total += _input(gate_up, e, keep)
+        total += hidden + statistics(spec.post_attention_norm.kind)
+    return total + (hidden if out.trains_magnitude else 0)
+
+
+def mlp_kept(layer: LayerShape, *, keep: bool) -> int:
+    """Of the MLP, its norm included, beside the stream before it and what `left_per_token` counts."""
+    spec, e = layer.spec, layer.element_size
+    _, _, gate_up, down = layer.groups
+    total = statistics(spec.pre_mlp_norm.kind) + e * gate_up.kept_width(keep=keep)
     if gate_up.trains_magnitude:  # the product without DoRA's magnitudes, of which the one with them is made again
         total += e * gate_up.group.out_features
     if not gate_up.trains_magnitude or gate_up.group.has_dropout:
         total += e * gate_up.rows
-    return total + _input(down, e, keep)
+    return total + (product_kept(layer) - e * down.kept_width(keep=False) if keep else 0)
 
 
-def _statistics(kind: str) -> int:
+def product_kept(layer: LayerShape) -> int:
+    """Of act(gate) * up and its LoRA columns, under "keep"."""
+    down = layer.groups[3]
+    return layer.element_size * down.kept_width(keep=not makes_product_again(down.group, down.trains_base))
+
+
+def left_per_token(layer: LayerShape) -> int:
+    """Of the down projection under every policy: its LoRA columns, and its output where something reads it."""
+    spec, e, down = layer.spec, layer.element_size, layer.groups[3]
+    hidden = spec.hidden_size * e
+    total = e * down.kept_width(keep=False) + (hidden if down.trains_magnitude else 0)
+    return total + (hidden + statistics(spec.post_mlp_norm.kind) if spec.post_mlp_norm is not None else 0)
+
+
+def statistics(kind: str) -> int:
+    """Of a row of a norm."""
     return 8 if kind == "layer" else 4
-
-
-def _input(group: GroupShape, e: int, keep: bool) -> int:
-    """Of a group's input and its LoRA columns."""
-    if keep and group.reads_input:
-        return e * group.group.width
-    return e * group.group.rank if group.trains_B else 0
 
 
 def _apart(layer: LayerShape) -> int:
     """The output that attention by autograd (softcaps) keeps beside the copy with LoRA's columns."""
     copied = layer.groups[1].group.pad > 0
     return layer.element_size * layer.spec.query_features if layer.spec.attention.softcap is not None and copied else 0
-
-
-def computed_per_token(layer: LayerShape) -> int:
-    """Bytes that a forward leaves behind before a policy drops anything, its input and output included."""
-    spec, e = layer.spec, layer.element_size
-    dropped = sum(e * g.group.width - _input(g, e, True) for g in (layer.groups[0], layer.groups[2], layer.groups[3]))
-    gate_up = layer.groups[2]
-    if gate_up.trains_magnitude and not gate_up.group.has_dropout:
-        dropped += e * gate_up.rows
-    return kept_per_token(layer, "keep") + dropped + spec.hidden_size * layer.residual_size
-
-
-def backward_per_token(layer: LayerShape) -> int:
-    """The most that a layer's backward holds beside what was kept: in the MLP dy, a copy of it with room for LoRA and
-    the gradient of act(gate) * up; or in attention dy, the heads' gradients, those of q, k and v twice, and the
-    float32 sums that kernels keep of dq."""
-    _, _, gate_up, down = layer.groups
-    residual = layer.spec.hidden_size * layer.residual_size
-    given_back = layer.element_size * (gate_up.rows + down.group.width)
-    return residual + max(_mlp_backward(layer), _attention_backward(layer) - given_back, 0)
-
-
-def _mlp_backward(layer: LayerShape) -> int:
-    """Without dy."""
-    spec, e, down = layer.spec, layer.element_size, layer.groups[3]
-    norm = spec.hidden_size * e if spec.post_mlp_norm is not None else 0
-    return (e * down.rows if down.wide else 0) + e * spec.intermediate_size + norm
-
-
-def _attention_backward(layer: LayerShape) -> int:
-    """Without dy."""
-    spec, e = layer.spec, layer.element_size
-    return e * (2 * spec.query_features + sum(spec.qkv_features) + layer.groups[0].rows) + 4 * spec.query_features
-
-
-@dataclass(frozen=True, slots=True)
-class TiledBytes:
-    """The most that a recomputing layer's forward, and its backward, hold while its MLP runs in tiles: input, output
-    and what was kept included."""
-
-    forward: int
-    backward: int
-
-
-def tiled_bytes(layer: LayerShape, tokens: int, tile: int) -> TiledBytes:
-    """tile: tokens of a tile, fewer than `tokens`. See `models/block_tiles.py`: of attention all is there in the
-    backward; in the forward it is given back before the MLP starts. The gradient of the residual stream takes the
-    memory of attention's output where dtypes allow."""
-    spec, e = layer.spec, layer.element_size
-    residual, hidden = spec.hidden_size * layer.residual_size, spec.hidden_size * e
-    _, _, gate_up, down = layer.groups
-    kept = kept_per_token(layer, "offload_input")
-    mlp = _statistics(spec.pre_mlp_norm.kind) + e * (gate_up.group.width + gate_up.rows + down.group.width)
-    mlp += e * gate_up.group.out_features if gate_up.trains_magnitude else 0
-    attention = computed_per_token(layer) - mlp - kept - residual
-    wider = layer.residual_size != e and spec.post_attention_norm is None  # the stream than what attention adds
-    branch = hidden if wider else residual
-    attention -= residual - branch
-    mlp += residual if wider else 0
-    forward = max(tokens * attention, tokens * (2 * residual + branch + kept) + tile * (mlp + residual + kept))
-    gradient = residual if wider else 0
-    in_mlp = tokens * (attention + residual + kept + gradient) + tile * (mlp + _mlp_backward(layer)) + layer.tile_sums
-    in_attention = tokens * (attention - (branch if wider else 0) + gradient + residual + kept)
-    return TiledBytes(forward, max(in_mlp, in_attention + tokens * _attention_backward(layer)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +128,11 @@ class Standing:
         return self.weights + self.adapters + self.gradients + self.optimizer + self.matrices + self.libraries
 
 
-def standing_bytes(model: ModelShape, resident: tuple[bool, ...], moments: float) -> Standing:
-    """resident: of each layer, whether its matrices are kept. moments: bytes of the optimizer per trained parameter."""
-    shared = [layer.matrices for layer, kept in zip(model.layers, resident) if not kept]
+def standing_bytes(model: ModelShape, resident: tuple[bool, ...], moments: float, *, in_turn: bool = False) -> Standing:
+    """resident: of each layer, whether its matrices are kept; in_turn: whether the others' are made one after another.
+    moments: bytes of the optimizer per trained parameter."""
+    made = [layer for layer, kept in zip(model.layers, resident) if not kept]
+    shared = [layer.largest_matrix if in_turn else layer.matrices for layer in made]
     own = [layer.matrices for layer, kept in zip(model.layers, resident) if kept]
     copies = sum(group.copied * layer.element_size for layer in model.layers for group in layer.groups)
     return Standing(

@@ -4,8 +4,8 @@
 fits; then it tries what is left. Each layer's choices first lose those that another beats in both bytes and time (the
 convex hull of the knapsack problem with one choice of each class: Kellerer, Pferschy, Pisinger, Knapsack Problems,
 2004, chapter 11). Layers at the front are the ones that recompute: their backward comes last, when the others' memory
-is free again, so what it holds for a moment costs nothing. The MLP runs in tiles of tokens only where nothing fits
-without.
+is free again, so what it holds for a moment costs nothing. The MLP runs in tiles of tokens, and matrices are made one
+after another, only where nothing fits without.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from pyralis.memory.cost import Batch, Seconds
 from pyralis.memory.gpus import GpuRates
@@ -21,7 +22,14 @@ from pyralis.memory.shape import ModelShape
 from pyralis.models.policy import SavePolicy
 
 _SMALLEST = list(CHUNKS)[-1]
-TILES = (65536, 32768, 16384, 8192, 4096)  # tokens that an MLP may take at a time
+TILES = (65536, 32768, 16384, 8192, 4096, 2048, 1024, 512)  # tokens that an MLP may take at a time
+
+
+class Way(NamedTuple):
+    """What is the same for all layers of a plan: its fields of these names."""
+
+    tile: int | None = None
+    in_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Plan:
         policies, keep_matrices: of each decoder layer, from the first on.
         chunk_bytes: most bytes of logits at a time; None: 512 MiB.
         tile: tokens that the MLP of layers that recompute takes at a time; None: all.
+        in_turn: whether matrices that are not kept are made one after another.
         batch: what it is for; smaller ones fit as well.
         budget: bytes that it had to fit in.
         fits: False where not even the least memory does: it is then that plan.
@@ -41,6 +50,7 @@ class Plan:
     keep_matrices: tuple[bool, ...]
     chunk_bytes: int | None
     tile: int | None
+    in_turn: bool
     batch: Batch
     memory: Memory
     seconds: Seconds
@@ -51,10 +61,10 @@ class Plan:
 def plan(model: ModelShape, batch: Batch, budget: int, rates: GpuRates, settings: Settings | None = None) -> Plan:
     """The fastest plan whose reserved memory is at most `budget` bytes; the most frugal one where none is."""
     settings = Settings() if settings is None else settings
-    for tiles in ([None], _tiles(model, batch)):
+    for ways in ([Way()], _frugal_ways(model, batch)):
         found = [
             (predictor.seconds(options, chunk).total, predictor, options, chunk)
-            for predictor in (Predictor(model, batch, rates, settings, tile) for tile in tiles)
+            for predictor in (_predictor(model, batch, rates, settings, way) for way in ways)
             for chunk in CHUNKS
             if (options := _fill(predictor, budget, chunk)) is not None
         ]
@@ -66,36 +76,44 @@ def plan(model: ModelShape, batch: Batch, budget: int, rates: GpuRates, settings
 
 def fixed_plan(
     model: ModelShape, batch: Batch, policy: SavePolicy, rates: GpuRates, settings: Settings | None = None,
-    *, budget: int = 0, resident: bool = False, tile: int | None = None,
+    *, budget: int = 0, resident: bool = False, tile: int | None = None, in_turn: bool = False,
+    chunk_bytes: int | None = None,
 ) -> Plan:  # fmt: skip
     """The same policy in every layer, and what it comes to."""
-    predictor = Predictor(model, batch, rates, Settings() if settings is None else settings, tile)
+    predictor = _predictor(model, batch, rates, Settings() if settings is None else settings, Way(tile, in_turn))
     options = tuple(Option(policy, resident and layer.made) for layer in model.layers)
-    return _made(predictor, options, None, budget)
+    return _made(predictor, options, chunk_bytes, budget)
+
+
+def _predictor(model: ModelShape, batch: Batch, rates: GpuRates, settings: Settings, way: Way) -> Predictor:
+    return Predictor(model, batch, rates, settings, way.tile, in_turn=way.in_turn)
 
 
 def _least(model: ModelShape) -> tuple[Option, ...]:
     return tuple(Option("offload_input") for _ in model.layers)
 
 
-def _tiles(model: ModelShape, batch: Batch) -> list[int | None]:
-    """Those that cut the batch; none where no layer's MLP runs in tiles."""
-    possible = any(layer.runs_in_tiles for layer in model.layers)
-    return [tile for tile in TILES if possible and tile < batch.tokens]
+def _frugal_ways(model: ModelShape, batch: Batch) -> list[Way]:
+    """All but the usual one: with tiles that cut the batch, where any layer's MLP runs in tiles, and matrices in turn,
+    where any are made."""
+    tiled = any(layer.runs_in_tiles for layer in model.layers)
+    tiles = [None, *(tile for tile in TILES if tiled and tile < batch.tokens)]
+    turns = (False, True) if any(layer.made for layer in model.layers) else (False,)
+    return [Way(tile, in_turn) for in_turn in turns for tile in tiles][1:]
 
 
 def _frugal(model: ModelShape, batch: Batch, rates: GpuRates, settings: Settings) -> Predictor:
     """The one that needs the least with the most frugal options: with tiles there may be sums of gradients."""
-    tiles = [None, *_tiles(model, batch)[-1:]]
-    found = [Predictor(model, batch, rates, settings, tile) for tile in tiles]
+    ways = [Way(), *_frugal_ways(model, batch)]
+    found = [_predictor(model, batch, rates, settings, way) for way in ways]
     return min(found, key=lambda predictor: predictor.memory(_least(model), _SMALLEST).reserved)
 
 
 def _made(predictor: Predictor, options: tuple[Option, ...], chunk: int | None, budget: int) -> Plan:
     memory = predictor.memory(options, chunk)
     return Plan(
-        tuple(o.policy for o in options), tuple(o.resident for o in options), chunk, predictor.tile, predictor.batch,
-        memory,
+        tuple(o.policy for o in options), tuple(o.resident for o in options), chunk, predictor.tile,
+        predictor.in_turn, predictor.batch, memory,
         predictor.seconds(options, chunk), budget, memory.reserved <= budget,
     )  # fmt: skip
 

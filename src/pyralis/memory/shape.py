@@ -58,6 +58,12 @@ class GroupShape:
         """Whether the backward needs the layers' input."""
         return self.trains_A or self.trains_base
 
+    def kept_width(self, *, keep: bool) -> int:
+        """Columns of the input that the backward is given: with `keep` all, where it reads them; else LoRA's."""
+        if keep and self.reads_input:
+            return self.group.width
+        return self.group.rank if self.trains_B else 0
+
     @property
     def rows(self) -> int:
         return self.group.height if self.wide else self.group.out_features
@@ -83,7 +89,8 @@ class LayerShape:
 
     element_size: bytes of what products are made in; residual_size: of the residual stream. stored: bytes of all its
     parameters but adapters'. made: whether matrices are dequantised or cast for each use; four_bit: dequantised.
-    tile_sums: bytes of the float32 sums of narrower gradients where the MLP runs in tiles.
+    gpu: what launches of kernels are chosen by. tile_sums: bytes of the float32 sums of narrower gradients where the
+    MLP runs in tiles.
     """
 
     spec: LayerSpec
@@ -93,6 +100,7 @@ class LayerShape:
     stored: int
     made: bool
     four_bit: bool
+    gpu: Gpu
     tile_sums: int = 0
 
     @property
@@ -107,9 +115,17 @@ class LayerShape:
     @cached_property
     def matrices(self) -> int:
         """Bytes of the matrices that are made, as `workspace.py` lays them out; 0 where none are."""
-        if not self.made:
-            return 0
-        return self.element_size * sum(-(-g.rows * g.columns // ALIGNMENT) * ALIGNMENT for g in self.groups)
+        return sum(self._matrices)
+
+    @cached_property
+    def largest_matrix(self) -> int:
+        """Of those, where each takes the place of the one before."""
+        return max(self._matrices)
+
+    @property
+    def _matrices(self) -> list[int]:
+        made = self.element_size if self.made else 0
+        return [made * (-(-g.rows * g.columns // ALIGNMENT) * ALIGNMENT) for g in self.groups]
 
 
 @dataclass(frozen=True)
@@ -208,7 +224,7 @@ def _layer(
     stored = sum(_stored(linear, assumed) for linear in linears.values())
     stored += sum(p.numel() * (p.element_size() if assumed is None else assumed.dtype.itemsize) for p in rest)
     return LayerShape(
-        spec, (qkv, attention_out, gate_up, down), dtype.itemsize, residual, stored, made, four_bit,
+        spec, (qkv, attention_out, gate_up, down), dtype.itemsize, residual, stored, made, four_bit, gpu,
         _tile_sums(layer, spec),
     )  # fmt: skip
 

@@ -3,13 +3,12 @@
 A CUDA graph copies from and to fixed addresses, and pinned memory cannot be taken while one is captured: buffers are
 made while steps are run as usual (`reserving`), and serve all recorded ones. Nor can the caching allocator be told that
 another stream still reads a tensor (`record_stream`): it would keep all such memory to the end of the capture. So a
-tensor on its way to the host is held, and let go when the stream that computes has been told to wait for its copy, two
-layers later.
+tensor on its way to the host is held until the stream that computes has been told to wait for its copy, which is when
+the layer has computed, as in `offload.py`.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +34,7 @@ class StepStore:
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._leaving: tuple[torch.cuda.Event, Tensor] | None = None
         self._away: list[Stored] = []
 
     @property
@@ -44,7 +43,7 @@ class StepStore:
 
     def begin(self) -> None:
         """A forward starts, whatever became of the one before."""
-        self._leaving.clear()
+        self._leaving = None
         self._away.clear()
 
     def reserving(self, store: InputStore) -> InputStore:
@@ -61,15 +60,14 @@ class StepStore:
     def put(self, tensor: Tensor) -> Stored | Tensor:
         if not tensor.is_cuda:
             return tensor
-        side, now = self._stream(tensor.device), torch.cuda.current_stream(tensor.device)
+        self.settle()
+        side = self._stream(tensor.device)
         stored = Stored(len(self._away), self._buffer(len(self._away), tensor), tensor.device)
         self._away.append(stored)
-        side.wait_stream(now)
+        side.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(side):
             stored.host.copy_(tensor, non_blocking=True)
-            self._leaving.append((side.record_event(), tensor))
-        while len(self._leaving) > 2:
-            now.wait_event(self._leaving.popleft()[0])
+            self._leaving = side.record_event(), tensor
         return stored
 
     def get(self, handle: object) -> Tensor:
@@ -87,13 +85,17 @@ class StepStore:
 
     def join(self) -> None:
         """The stream that computes waits for all copies under way: at the end of a forward, and of its backward."""
-        while self._leaving:
-            event, tensor = self._leaving.popleft()
-            torch.cuda.current_stream(tensor.device).wait_event(event)
+        self.settle()
         for stored in self._away:
             if stored.tensor is not None and stored.back is not None:
                 torch.cuda.current_stream(stored.device).wait_event(stored.back)
                 stored.tensor = None
+
+    def settle(self) -> None:
+        if self._leaving is not None:
+            left, tensor = self._leaving
+            torch.cuda.current_stream(tensor.device).wait_event(left)
+            self._leaving = None
 
     def _start(self, stored: Stored) -> None:
         if stored.back is not None:
@@ -123,6 +125,9 @@ class _Reserving:
     steps: StepStore
     store: InputStore
     index: int = field(default=0, init=False)
+
+    def settle(self) -> None:
+        self.store.settle()
 
     def put(self, tensor: Tensor) -> object:
         if tensor.is_cuda:

@@ -22,7 +22,7 @@ from pyralis.models.block_forward import block_forward, kept
 from pyralis.models.block_parts import Activations, Context
 from pyralis.models.block_tiles import tile_for
 from pyralis.models.gradients import FlatGradients
-from pyralis.models.policy import InputStore, SavePolicy
+from pyralis.models.policy import RECOMPUTING, InputStore, SavePolicy
 from pyralis.models.weights import LayerWeights
 from pyralis.ops.attention import AttentionLayout
 
@@ -81,8 +81,10 @@ def fused_layer(
     context = Context(weights.spec, state, cos, sin, rng)
     call = _Call(weights, context, layout, flat, policy, store)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or state.parameters):
+        context.spends = policy in RECOMPUTING
         context.tile = tile_for(context, policy, tile, hidden_states.numel() // hidden_states.shape[-1])
         return _FusedLayer.apply(hidden_states, call, *_leaves(hidden_states, state.parameters))
+    context.spends = True
     with torch.no_grad(), _no_autocast(hidden_states):
         return _forward(hidden_states, call)[0]
 
@@ -141,13 +143,15 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, call: _Call, *parameters: Tensor) -> Tensor:
-        with _no_autocast(hidden_states):
-            y, activations = _forward(hidden_states, call)
         ctx.handle = None
         if call.policy == "offload_input" and call.store is not None:
-            ctx.handle = call.store.put(hidden_states)
+            ctx.handle = call.store.put(hidden_states)  # it leaves while the layer computes
         else:
             ctx.save_for_backward(hidden_states)
+        with _no_autocast(hidden_states):
+            y, activations = _forward(hidden_states, call)
+        if ctx.handle is not None and call.store is not None:
+            call.store.settle()
         ctx.call, ctx.kept = call, kept(activations, call.context, call.policy)
         ctx.shape = hidden_states.shape
         return y
@@ -162,7 +166,9 @@ class _FusedLayer(torch.autograd.Function):
                 "a fused layer was asked for its gradient a second time; the first has overwritten its activations. "
                 "Call backward once for each forward, or use `acceleration: off`."
             )
-        x = call.store.get(ctx.handle) if ctx.handle is not None and call.store is not None else ctx.saved_tensors[0]
+        handle, ctx.handle = ctx.handle, None
+        x = call.store.get(handle) if handle is not None and call.store is not None else ctx.saved_tensors[0]
+        del handle
         H, context = ctx.shape[-1], call.context
         with _no_autocast(grad):
             context.matrices = call.weights.matrices(context.state)

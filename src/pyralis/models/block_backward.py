@@ -10,14 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyralis.models.block_forward import attention_forward_part, forward_to_product, rotated
+from pyralis.models.block_forward import attention_forward_part, kept, rotated
 from pyralis.models.block_linear import linear_backward, wide_gradient
-from pyralis.models.block_mlp import mlp_backward
+from pyralis.models.block_mlp import mlp_backward, to_gate_up_again
 from pyralis.models.block_parts import Activations, Context, norm_backward, normed_again
 from pyralis.models.block_tiles import mlp_backward_in_tiles
 from pyralis.models.gradients import FlatGradients
 from pyralis.models.policy import RECOMPUTING, SavePolicy
 from pyralis.ops.attention import AttentionLayout, attention_backward
+from pyralis.ops.attention_parts import Saved as SavedAttention
 from pyralis.ops.rope import rope_backward
 
 
@@ -25,17 +26,19 @@ def block_backward(
     c: Context, a: Activations, x: Tensor, layout: AttentionLayout, flat: FlatGradients, dy: Tensor, policy: SavePolicy
 ) -> Tensor:
     """dx [T, H] of dy [T, H]; `a` is what `kept` left, x the layer's input."""
-    if c.tile is not None:
-        whole = a
-        a, branch = attention_forward_part(c, x, layout)
-        dh = mlp_backward_in_tiles(c, whole, x, branch, flat, dy, c.tile)
-        del whole, branch
-        return _attention_backward(c, a, flat, dh)
+    left, branch = a, None
     if policy in RECOMPUTING:
-        a = replace(forward_to_product(c, x, layout), d=a.d, d_stats=a.d_stats, u4=a.u4)
+        a, branch = attention_forward_part(c, x, layout)
+        a = kept(a, c, "recompute_cheap")
+    a.x = x
+    if branch is not None and c.tile is not None:
+        dh = mlp_backward_in_tiles(c, left, x, branch, flat, dy, c.tile)
     else:
-        a.x = x
-    dh = mlp_backward(c, a, flat, dy)
+        if branch is not None:
+            to_gate_up_again(c, a, branch, left)
+            branch = None
+        dh = mlp_backward(c, a, flat, dy)
+    del branch
     return _attention_backward(c, a, flat, dh)
 
 
@@ -49,28 +52,38 @@ def _attention_backward(c: Context, a: Activations, flat: FlatGradients, dh: Ten
     group = state.attention_out
     out = linear_backward(group, flat, branch.to(state.dtype), c.matrices[1], a.xa2, c.rng, a.heads, a.u2)
     dheads = out.finish(a.heads)
-    del out
+    del out, branch
+    a.o = a.xa2 = a.u2 = None
+    dq, dk, dv = attention_backward(dheads, _attention(c, a))
+    del dheads
+    a.attention = a.heads = None
+    dqkv = _qkv_backward(c, a, flat, dq, dk, dv)
+    del dq, dk, dv
+    a.qkv = a.qk_saved = None
     assert a.x is not None
-    dqkv = _qkv_backward(c, a, flat, dheads)
     if a.y1 is None and state.qkv.trained.reads_input:
         a.y1 = normed_again(spec.input_norm, c, a.x)
     dy1 = linear_backward(state.qkv, flat, dqkv, c.matrices[0], a.xa1, c.rng, a.y1, a.u1).finish(a.y1)
     return norm_backward(spec.input_norm, state, flat, dy1, a.x, a.stats1, residual_grad=dh, out=dh)
 
 
-def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dheads: Tensor) -> Tensor:
-    """The gradient of the q, k and v projections' output, that of `wide_gradient`."""
+def _attention(c: Context, a: Activations) -> SavedAttention:
+    """What attention's backward reads."""
+    assert a.attention is not None
+    if a.attention.q.shape[0]:
+        return a.attention
+    q, k, _ = rotated(c, a)  # the policy dropped them
+    return replace(a.attention, q=q, k=k)
+
+
+def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+    """The gradient of the q, k and v projections' output, that of `wide_gradient`; dq, dk, dv: of their rotated ones,
+    [T, heads * head_dim]."""
     spec, norm = c.spec, c.qk_norm()
     assert a.qkv is not None
-    assert a.attention is not None
-    attention = a.attention
-    if not attention.q.shape[0]:  # the policy dropped them
-        q, k, _ = rotated(c, a)
-        attention = replace(attention, q=q, k=k)
     dqkv = wide_gradient(c.state.qkv, a.qkv.shape[0], a.qkv.dtype, a.qkv.device)
     room = dqkv.shape[1] - a.qkv.shape[1]
     to_q, to_k, to_v, _ = dqkv.split_with_sizes((*spec.qkv_features, room), 1)
-    dq, dk, dv = attention_backward(dheads, attention)
     to_v.copy_(dv)
     weights = () if norm is None else (norm.q_weight, norm.k_weight)
     grads = [torch.empty_like(w) if w.requires_grad else None for w in weights] or [None, None]

@@ -12,32 +12,27 @@ from torch import Tensor
 
 from pyralis.models.block_glu import drops
 from pyralis.models.block_linear import linear, project, refresh_magnitudes, wide_rows
-from pyralis.models.block_mlp import mlp_output, to_product
+from pyralis.models.block_mlp import kept_input, mlp_output, to_product
 from pyralis.models.block_parts import Activations, Context, norm_forward
 from pyralis.models.block_tiles import mlp_in_tiles
-from pyralis.models.group_state import GroupState
-from pyralis.models.policy import RECOMPUTING, SavePolicy
+from pyralis.models.policy import RECOMPUTING, SavePolicy, makes_product_again
 from pyralis.ops.attention import AttentionLayout, attention_forward
 from pyralis.ops.rope import rope_forward
 
 
 def block_forward(c: Context, x: Tensor, layout: AttentionLayout) -> tuple[Tensor, Activations]:
     """y [T, H] of x [T, H], and what was computed on the way; with a tile, no more of it than `kept` keeps."""
-    for group, matrix in zip(c.state.groups, c.matrices):
-        refresh_magnitudes(group, matrix)
+    for index, group in enumerate(c.state.groups):
+        if group.dora is not None:
+            refresh_magnitudes(group, c.matrices[index])
     a, branch = attention_forward_part(c, x, layout)
+    if c.spends:
+        a = Activations(x=x)
     if c.tile is not None:
-        del a
         return mlp_in_tiles(c, x, branch, c.tile)
     to_product(c, a, branch)
+    del branch
     return mlp_output(c, a), a
-
-
-def forward_to_product(c: Context, x: Tensor, layout: AttentionLayout) -> Activations:
-    """All of a layer before the down projection."""
-    a, branch = attention_forward_part(c, x, layout)
-    to_product(c, a, branch)
-    return a
 
 
 def attention_forward_part(c: Context, x: Tensor, layout: AttentionLayout) -> tuple[Activations, Tensor]:
@@ -85,12 +80,13 @@ def kept(a: Activations, c: Context, policy: SavePolicy) -> Activations:
     state = c.state
     if not state.down.trained.reads_product:
         a.u4 = None
+    keep, down = policy == "keep", state.down
+    again = makes_product_again(down.group, any(weight is not None for weight in down.trained.weights))
+    product, xa4 = kept_input(down, a.product, a.xa4, keep=keep and not again)
     if policy in RECOMPUTING:
-        return Activations(d=a.d, d_stats=a.d_stats, u4=a.u4)
-    keep = policy == "keep"
-    y1, xa1 = _input(state.qkv, a.y1, a.xa1, keep)
-    y2, xa3 = _input(state.gate_up, a.y2, a.xa3, keep)
-    product, xa4 = _input(state.down, a.product, a.xa4, keep)
+        return Activations(d=a.d, d_stats=a.d_stats, xa4=xa4, u4=a.u4)
+    y1, xa1 = kept_input(state.qkv, a.y1, a.xa1, keep=keep)
+    y2, xa3 = kept_input(state.gate_up, a.y2, a.xa3, keep=keep)
     a.u1, a.u2, a.u3 = (
         u if group.trained.reads_product else None for u, group in zip((a.u1, a.u2, a.u3), state.groups)
     )
@@ -104,13 +100,3 @@ def kept(a: Activations, c: Context, policy: SavePolicy) -> Activations:
     a.x, a.y1, a.xa1, a.y2, a.xa3, a.product, a.xa4 = None, y1, xa1, y2, xa3, product, xa4
     a.attention = attention
     return a
-
-
-def _input(
-    group: GroupState, x_wide: Tensor | None, xa: Tensor | None, keep: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(the input, its LoRA columns) if the backward is to have them; the columns alone in memory of their own."""
-    keep = keep and group.trained.reads_input
-    if xa is None or not any(b is not None for b in group.trained.B):
-        return x_wide if keep else None, None
-    return (x_wide, xa) if keep else (None, xa.contiguous())

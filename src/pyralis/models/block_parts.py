@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden size, K and N a group's input and output features, P 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,9 @@ class Context:
     cos: Tensor
     sin: Tensor
     rng: Tensor | None
-    matrices: tuple[Tensor, ...] = ()
+    matrices: Sequence[Tensor] = ()  # made when asked for; each valid until another one is
     tile: int | None = None  # tokens that the MLP takes at a time; None: all
+    spends: bool = False  # whether what a forward computes is given up on the way, since its backward computes it anew
 
     def qk_norm(self) -> QKNorm | None:
         q, k = self.spec.q_norm, self.spec.k_norm

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyralis.models.block_glu import drops
-from pyralis.models.block_mlp import mlp_backward, mlp_output, to_product
+from pyralis.models.block_mlp import kept_input, mlp_backward, mlp_output, to_gate_up_again, to_product
 from pyralis.models.block_parts import Activations, Context, Stats
 from pyralis.models.gradient_sums import in_parts
 from pyralis.models.gradients import FlatGradients
@@ -50,6 +50,7 @@ def mlp_backward_in_tiles(
     for rows in _tiles(len(x), tile):
         _backward(c, whole, x, branch, rows, sums, dy, dh)
     sums.write_sums()
+    whole.d = whole.xa4 = whole.u4 = None
     return dh
 
 
@@ -66,6 +67,9 @@ def _forward(c: Context, x: Tensor, branch: Tensor, rows: slice, y: Tensor, whol
         whole.d = _put(whole.d, a.d, rows, len(x))
         before = whole.d_stats or (None,) * len(a.d_stats)
         whole.d_stats = tuple(_put(old, new, rows, len(x)) for old, new in zip(before, a.d_stats))
+    _, xa4 = kept_input(c.state.down, None, a.xa4, keep=False)
+    if xa4 is not None:
+        whole.xa4 = _put(whole.xa4, xa4, rows, len(x))
     if a.u4 is not None and c.state.down.trained.reads_product:
         whole.u4 = _put(whole.u4, a.u4, rows, len(x))
 
@@ -75,9 +79,10 @@ def _backward(
 ) -> None:
     """Fills these rows of dh, which may be those of `branch`: nothing reads them any more."""
     stats: Stats = tuple(each[rows] for each in whole.d_stats)
-    a = Activations(x=x[rows], d=_get(whole.d, rows), d_stats=stats, u4=_get(whole.u4, rows))
-    to_product(c, a, branch[rows])
-    dh[rows] = mlp_backward(c, a, flat, dy[rows])
+    left = Activations(d=_get(whole.d, rows), d_stats=stats, xa4=_get(whole.xa4, rows), u4=_get(whole.u4, rows))
+    a = Activations(x=x[rows])
+    to_gate_up_again(c, a, branch[rows], left)
+    mlp_backward(c, a, flat, dy[rows], out=dh[rows])
 
 
 def _get(whole: Tensor | None, rows: slice) -> Tensor | None:

@@ -8,7 +8,7 @@ on with the state that its forward had.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from pyralis.errors import ModelError
 from pyralis.models.adapters import LinearState, compute_dtype, glance, read_linear
 from pyralis.models.arena import Base, DenseBase
 from pyralis.models.group_state import GroupState, LayoutOptions, add_biases, build_group, fixed_copies
-from pyralis.models.residency import is_resident
+from pyralis.models.residency import Residency, residency
 from pyralis.models.spec import LayerSpec, NormSpec
 from pyralis.models.workspace import CastBase, FourBitBase, Workspace, WorkspaceBase
 
@@ -83,7 +83,7 @@ class LayerWeights:
         self._states: dict[Hashable, LayerState] = {}
         self._state: LayerState | None = None
         self._homes: dict[str, tuple[nn.Module, str]] = {}
-        self._resident = self.options.resident
+        self._residency: Residency = "kept" if self.options.resident else "at once"
         self._seen: tuple[list[Any], LayerState] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,8 +112,9 @@ class LayerWeights:
         """What is trained, in the order in which flat buffers should have it."""
         return self.state.parameters
 
-    def matrices(self, state: LayerState) -> tuple[Tensor, ...]:
-        """Four matrices [N + P, K + P] or [N, K], valid until another layer asks for its own."""
+    def matrices(self, state: LayerState) -> Sequence[Tensor]:
+        """Four matrices [N + P, K + P] or [N, K], valid until another layer asks for its own; in turn, until another
+        one of them is asked for."""
         return state.base.matrices(state.groups, state.plan)
 
     def keep_matrices(self, state: LayerState) -> None:
@@ -174,7 +175,7 @@ class LayerWeights:
 
     def _glance(self, autocast: torch.dtype | None) -> list[Any]:
         """Equal for as long as `_read` would find the same."""
-        found: list[Any] = [autocast, is_resident(self.layer)]
+        found: list[Any] = [autocast, residency(self.layer)]
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters have one, which takes a microsecond
             for projection in self.spec.projections:
                 found += glance(self._module(projection.path))
@@ -238,12 +239,12 @@ class LayerWeights:
         kind: type[WorkspaceBase] = FourBitBase if linear.four_bit else CastBase
         if not linear.four_bit and linear.base.weight.dtype == dtype:
             return self._bases.setdefault(DenseBase, DenseBase())
-        return self._bases.setdefault(kind, kind(self.workspace, self._resident))
+        return self._bases.setdefault(kind, kind(self.workspace, self._residency))
 
     def _follow_residency(self) -> None:
         """Workspaces of the other kind are given up."""
-        resident = self.options.resident or is_resident(self.layer)
-        if resident != self._resident:
-            self._resident = resident
+        chosen: Residency = "kept" if self.options.resident else residency(self.layer)
+        if chosen != self._residency:
+            self._residency = chosen
             self._states = {k: state for k, state in self._states.items() if isinstance(state.base, DenseBase)}
             self._bases = {kind: base for kind, base in self._bases.items() if kind is DenseBase}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyralis.ops._glu_lora_kernels import glu_lora_backward_kernel, glu_lora_forward_kernel
-from pyralis.ops._triton import cdiv, gpu_of, launch, next_power_of_2
+from pyralis.ops._triton import Gpu, cdiv, gpu_of, launch, next_power_of_2
 from pyralis.ops.gemm import gemm
 from pyralis.ops.glu import Activation, glu_backward, glu_forward, split_gate_up
 from pyralis.ops.lora import lora_project
@@ -148,8 +148,8 @@ def glu_lora_backward(
 ) -> None:  # fmt: skip
     """dgate and dup over gate and up, and what `lora` and `down` ask for. No autograd; without dropout.
 
-    dh [T, I] may be overwritten; gate_up [T, 2 I]; of any row stride. Partial sums are allocated: float32, a quarter of
-    dh's bytes at rank 16.
+    dh [T, I] may be overwritten; gate_up [T, 2 I]; of any row stride. Partial sums are allocated (`partial_bytes`):
+    half of dh's bytes at rank 16.
     """
     if supported(dh, gate_up, lora, down) is not None:
         reference(dh, gate_up, activation, lora, down)
@@ -161,8 +161,7 @@ def glu_lora_backward(
     gpu = gpu_of(device)
     plan = GluLoraLaunch.of(rank, activation, aligned, gpu.capability)
     tile, tiles = plan.backward, plan.tiles
-    strips = cdiv(size, tile.columns)
-    splits = tile.splits(strips, cdiv(T, 4 * tile.block_t), 1, gpu.sm_count)
+    strips, splits = cdiv(size, tile.columns), _splits(tile, T, size, gpu)
 
     def parts(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -187,6 +186,27 @@ def glu_lora_backward(
         add_up(lora.group, part, t_parts, dB_parts, lora.t, lora.dB, part.run.like.scale, lora.accumulate)
     if down is not None and dA_parts is not None:
         sum_parts(dA_parts, down.dA, 1.0, add=down.accumulate)
+
+
+def partial_bytes(
+    tokens: int, size: int, rank: int, gpu: Gpu, activation: Activation = "silu", *,
+    lora: LoraGroup | None, down: bool,
+) -> int:  # fmt: skip
+    """Of the float32 partial sums that the backward's kernel has allocated: of t, dB, and with `down` of dA.
+
+    size: features of gate; rank: of the adapters. lora: as `GateUpGradients.group`, None without.
+    """
+    tile = GluLoraLaunch.of(rank, activation, True, gpu.capability).backward
+    splits = _splits(tile, tokens, size, gpu)
+    elements = splits * size if down else 0
+    if lora is not None:
+        part = _part(lora, size, tile)
+        elements += sum(part.strips) * tokens + splits * sum(part.sizes)
+    return 4 * rank * elements
+
+
+def _splits(tile: Tile, tokens: int, size: int, gpu: Gpu) -> int:
+    return tile.splits(cdiv(size, tile.columns), cdiv(tokens, 4 * tile.block_t), 1, gpu.sm_count)
 
 
 @lru_cache

@@ -120,8 +120,8 @@ def layer_norm_backward(
     """The gradient with respect to h, [T, N]; with a residual it is the gradient of x and of residual alike.
 
     dy, residual_grad (what reaches h past the norm, added in the same pass): [T, N], any row stride. out: default
-    [T, N] in h's dtype; may be dy or residual_grad itself. dweight, dbias: [N], overwritten; None for frozen ones. With
-    either and more than 8192 features a second pass reads dy and h again (`norm_weight_gradients`).
+    [T, N] in h's dtype; may be dy, h or residual_grad itself. dweight, dbias: [N], overwritten; None for frozen ones.
+    With either and more than 8192 features a second pass reads dy and h again (`norm_weight_gradients`).
     """
     T, N = h.shape
     dx = torch.empty((T, N), dtype=h.dtype, device=h.device) if out is None else out

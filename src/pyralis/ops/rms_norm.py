@@ -134,7 +134,7 @@ def rms_norm_backward(
     """The gradient with respect to h, [T, N]; with a residual it is the gradient of x and of residual alike.
 
     dy, residual_grad (what reaches h past the norm, added in the same pass): [T, N], any row stride. out: default
-    [T, N] in h's dtype; may be dy or residual_grad itself. branch_out: the same gradient once more, in its own dtype
+    [T, N] in h's dtype; may be dy, h or residual_grad itself. branch_out: the same gradient once more, in its own dtype
     (the half-precision branch of a float32 residual stream). dweight: [N], overwritten; None for a frozen weight.
     With dweight and more than 8192 features a second pass reads dy and h again (`norm_weight_gradients`).
     """
