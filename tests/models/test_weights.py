@@ -424,4 +424,4 @@ def test_some_layers_keep_their_matrices() -> None:
         assert_close(fused.run(batch), truth, batch.real)
         places.append([layer.state.plan[0].arena.data_ptr() for layer in fused.weights.layers])
     assert [len(set(pair)) for pair in places] == [1, 2, 2, 1]
-    assert places[3] == places[0]
+    assert places[1][0] == places[0][0], "who does not keep its own goes on as before"
