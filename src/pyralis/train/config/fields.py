@@ -85,7 +85,7 @@ class OwnFields(DataFields):
 
     # TrainingArguments fields whose type or default is changed
     learning_rate: Number = _own(
-        lambda fields: learning_rate(fields["task_type"], fields["train_mode"]),
+        lambda fields: learning_rate(fields.get("task_type", ""), fields.get("train_mode", "")),
         "Peak learning rate.",
         origin="transformers",
         default_text="1e-05 for full, 0.0002 for lora and qlora; for dpo 5e-07 and 5e-06",
