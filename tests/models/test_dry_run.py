@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyralis.models.causal_lm import causal_lm_loss
 from pyralis.models.checkpointing import choose_save_policy
+from pyralis.models.logprobs import causal_lm_logprobs
 from pyralis.models.policy import SavePolicy
 from pyralis.models.surgery import accelerate, decoder_layers, report
 from pyralis.ops._triton import Gpu, Launch, recording
@@ -131,6 +132,20 @@ def test_every_adapter(lora: str, gpu: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_float16(family: str) -> None:
     check(steps(fast_model(family, torch.float16, {}), GPUS["V100"]), GPUS["V100"])
+
+
+@pytest.mark.parametrize("gpu", ["T4", "H100"])
+def test_chosen_tokens(gpu: str) -> None:
+    """As DPO asks for them, entropies included."""
+    capability = GPUS[gpu]
+    model = fast_model("gemma2", half_of(capability), {})
+    rows = torch.empty(9, dtype=torch.int64, device=META)
+    with recording(Gpu(capability, 100)) as launches:
+        for batch in batches():
+            found = causal_lm_logprobs(model, {"input_ids": ids(), **batch}, rows, rows, with_statistics=True)
+            assert found.logprobs.is_meta
+            found.logprobs.sum().backward()
+    check(launches, capability)
 
 
 @pytest.mark.parametrize("rounding", ["split", "stochastic"])
