@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-RESUME_ME = 75  # sysexits.h's EX_TEMPFAIL: a scheduler's SIGTERM was obeyed, and the same command goes on
+from pyralis.cli.stopped import EXIT_CODES, RESUME_ME, Stopped, stoppable, what_is_kept
 
 
 def register(app: typer.Typer) -> None:
@@ -42,15 +45,40 @@ def register(app: typer.Typer) -> None:
             return
         if gpus is not None and gpus != 1:
             raise typer.Exit(_on_gpus(gpus, config, overrides or ()))
-        from pyralis.cli.quiet import set_up_logging
+        try:
+            with stoppable():
+                code = _train(config, overrides or ())
+        except (Stopped, KeyboardInterrupt) as stopped:  # the latter at a second Ctrl-C in the training loop
+            by = stopped.signal if isinstance(stopped, Stopped) else signal.SIGINT
+            _say_stopped(by.name, config, overrides or ())
+            code = EXIT_CODES[by]
+        if code:
+            raise typer.Exit(code)
 
-        set_up_logging()
-        from pyralis.train.run import train as run
 
-        result = run(config, overrides or ())
-        _leave_group()
-        if result.status == "interrupted":
-            raise typer.Exit(RESUME_ME if result.signal == "SIGTERM" else 130)
+def _train(config: str, overrides: Sequence[str]) -> int:
+    from pyralis.cli.quiet import set_up_logging
+
+    set_up_logging()
+    from pyralis.train.run import train as run
+
+    result = run(config, overrides)
+    _leave_group()
+    if result.status == "interrupted":
+        return RESUME_ME if result.signal == "SIGTERM" else 130
+    return 0
+
+
+def _say_stopped(by: str, config: str, overrides: Sequence[str]) -> None:
+    from pyralis.errors import ConfigError
+    from pyralis.train.config.train_config import load_config
+
+    try:
+        kept = what_is_kept(Path(load_config(config, overrides).config.output_dir))
+    except ConfigError:  # it came before the config was read
+        kept = "Nothing had been trained yet."
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"Stopped by {by}. {kept}", err=True)
 
 
 def _on_gpus(count: int, config: str, overrides: Sequence[str]) -> int:

@@ -53,6 +53,8 @@ _encoder: Encoder | None = None
 def _start_process(encoder: Encoder, parent: int) -> None:
     global _encoder
     _end_with(parent)
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides what comes of it
+        signal.signal(number, signal.SIG_IGN)
     # a forked process must not use the parent's tokenizer threads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = encoder

@@ -139,3 +139,8 @@ def test_the_table_leads_to_fields() -> None:
         assert name not in TrainConfig.model_fields, f"{name} is a field of this transformers"
         assert set(old.new) <= set(TrainConfig.model_fields), name
     assert {key for key, _ in OLD_VALUES} <= set(TrainConfig.model_fields)
+
+
+def test_an_old_name_for_what_equals_nothing() -> None:
+    with pytest.raises(ConfigError, match="eval_strategy: NaN is not allowed"):
+        load(evaluation_strategy=float("nan"))

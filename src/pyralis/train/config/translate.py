@@ -40,7 +40,7 @@ def translate(given: Mapping[str, Any], current: Container[str]) -> Translation:
         clashes = [
             new
             for new, new_value in today.items()
-            if result.values.get(new, new_value) != new_value and result.values[new] not in old.yields
+            if new in result.values and result.values[new] not in (new_value, *old.yields)
         ]
         for new in clashes:
             result.problems.append(
