@@ -13,6 +13,7 @@ import pytest
 
 from pyralis.errors import ModelError, PyralisError
 from pyralis.lora.adapter import load_adapter
+from pyralis.models.hub import HubOptions
 from pyralis.models.load import ModelSettings, load_model, load_tokenizer
 from tests.tiny import build_tiny_model, make_tiny_model
 
@@ -65,6 +66,19 @@ def test_odd_adapters(values: dict[str, Any], tmp_path: Path) -> None:
     change(tmp_path / "adapter_config.json", **values)
     with pytest.raises(ModelError, match="does not fit the base model"):
         load_adapter(build_tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("name", [7, ["a"], "", "a" * 5000, "zero\0byte"])
+def test_a_base_that_is_no_name(name: Any, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": name}))
+    with pytest.raises(PyralisError):
+        load_model(ModelSettings(str(tmp_path), hub=HubOptions(local_files_only=True)))
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": ["yarn"]}, {"rope_type": "yarn", "factor": "2"}, {"type": {"a": 1}}])
+def test_odd_scalings_of_a_record(scaling: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="rope_scaling is"):
+        load_model(ModelSettings(str(make_tiny_model(tmp_path)), rope_scaling=scaling))
 
 
 def _code(folder: Path, proof: Path) -> None:

@@ -110,7 +110,8 @@ def set_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling, max_seq_len
     given = {"rope_type": "linear", "factor": scaling} if isinstance(scaling, int | float) else dict(scaling)
     kind = given["rope_type"] = given.pop("type", None) or given.get("rope_type", "linear")
     factor = given.get("factor", 1.0)
-    if kind not in ROPE_INIT_FUNCTIONS or not isinstance(factor, int | float) or factor <= 0:
+    known = isinstance(kind, str) and kind in ROPE_INIT_FUNCTIONS
+    if not known or not isinstance(factor, int | float) or factor <= 0:
         raise ModelError(
             f"rope_scaling is {scaling!r}; expected a positive factor, or a rope_type of "
             f"{', '.join(ROPE_INIT_FUNCTIONS)} with its fields, a positive factor among them."
@@ -132,7 +133,7 @@ def set_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling, max_seq_len
     try:
         text.standardize_rope_params()
         text.validate_rope()
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"rope_scaling is {scaling!r}, which transformers refuses: {error}") from error
     return f"RoPE is scaled as given: {kind}" + (f" x {given['factor']}" if "factor" in given else "")
 

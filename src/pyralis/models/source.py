@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,14 +49,14 @@ def locate_model(model_name_or_path: str, *, revision: str | None = None, base: 
         ModelError: no such folder, or a folder without a model in it.
         FetchError: a demo model that no source gave.
     """
-    path = Path(model_name_or_path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model_name_or_path))
+    if os.path.isdir(path):
         return _locate_in_folder(path, revision, base)
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ModelError(f"There is no file {path}.")
         return ModelSource(str(path.parent), gguf_file=path.name)
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"{path} is a file; expected a model's folder, a .gguf file or a hub name.")
     if _to_be_fetched(model_name_or_path, revision):
         return ModelSource(str(fetch_model(model_name_or_path)))
@@ -71,8 +72,10 @@ def is_adapter(folder: Path) -> bool:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name cannot be a hub name, which is `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
+    """Whether a name cannot be a hub name, which is `name` or `owner/name`, of at most 96 characters each."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        return True
+    return "\\" in name or "\0" in name or len(name) > 2 * 96 + 1
 
 
 def _to_be_fetched(name: str, revision: str | None) -> bool:
@@ -109,12 +112,13 @@ def _locate_in_folder(path: Path, revision: str | None, base: str | None) -> Mod
 
 def _adapter_base(path: Path) -> str:
     name = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise ModelError(f"{path / 'adapter_config.json'} names no base model: give it with --base.")
-    base = Path(name).expanduser()
-    if not base.exists() and not base.is_absolute() and (path / base).is_dir():
+    base = Path(os.path.expanduser(name))
+    there = os.path.exists(base)  # False too for what cannot be a name, for which Path.exists raises
+    if not there and not base.is_absolute() and os.path.isdir(path / base):
         return str(path / base)
-    if not base.exists() and looks_like_path(name):
+    if not there and looks_like_path(name):
         if find_demo_model(base.name) is not None:  # it lay in another machine's cache
             return base.name
         raise ModelError(
