@@ -42,6 +42,23 @@ def checkpointing_argument(name: str) -> str:
     return newer if newer in training_argument_fields() else name
 
 
+def rename_checkpointing(arguments: Any) -> None:
+    """Move the checkpointing of arguments that are being built to its newer names, where transformers has them. TRL's
+    configs have it on under the older one, which would warn whoever never named it."""
+    for old in CHECKPOINTING_NAMES:
+        new = checkpointing_argument(old)
+        if getattr(arguments, new) is None:
+            setattr(arguments, new, getattr(arguments, old))
+
+
+def demand_checkpointing(arguments: Any) -> None:
+    """Switch gradient checkpointing on in `TrainingArguments` that are built: a Trainer of transformers 5.23 reads the
+    newer name, one before it and TRL the older."""
+    for name in ("gradient_checkpointing", CHECKPOINTING_NAMES["gradient_checkpointing"]):
+        if hasattr(arguments, name):
+            setattr(arguments, name, True)
+
+
 def switch_checkpointing(model: Any, on: bool) -> None:
     """Turn a transformers model's gradient checkpointing on (without reentrance) or off, by the method it has."""
     new = f"activation_checkpointing_{'enable' if on else 'disable'}"

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from pyralis.errors import ConfigError
 from pyralis.models import dtype
 from pyralis.models.dtype import choose_dtype
+from pyralis.models.surgery import decoder_layers
 from pyralis.train.old_trainer_names import say_once
 from pyralis.train.sft_trainer import SFTConfig, SFTTrainer, UnslothTrainer, UnslothTrainingArguments
 from tests.tiny import build_tiny_model, make_tiny_tokenizer
@@ -130,6 +131,7 @@ def test_activation_offloading_is_ours(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         ours = trained(SFTTrainer, tmp_path, settings={"activation_offloading": True, "gradient_checkpointing": False})
     assert_alike(ours, stock)
+    assert all(layer.gradient_checkpointing for layer in decoder_layers(ours.model))
     assert any("use_gradient_checkpointing='unsloth'" in record.getMessage() for record in caplog.records)
 
 

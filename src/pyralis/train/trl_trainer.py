@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from pyralis.compat import demand_checkpointing, rename_checkpointing
 from pyralis.errors import DataError
 from pyralis.memory.auto import follow_plan, forget_plan
 from pyralis.models.causal_lm import causal_lm_of
@@ -45,6 +46,7 @@ class TrlConfig(LeanArguments):
             given.bf16, given.fp16 = dtype == torch.bfloat16, dtype == torch.float16
             # transformers refuses bf16 without a GPU unless it is told that the CPU is meant
             given.use_cpu = given.use_cpu or (given.bf16 and device.type == "cpu")
+        rename_checkpointing(given)
         super().__post_init__()  # type: ignore[misc]
 
 
@@ -90,7 +92,8 @@ class _AccelerateModel(TrainerCallback):
             if args.gradient_checkpointing and is_fast(causal := causal_lm_of(model)):
                 follow_plan(causal)
         if getattr(args, "activation_offloading", False) and next(fast_modules(model), None) is not None:
-            args.activation_offloading, args.gradient_checkpointing = False, True
+            args.activation_offloading = False
+            demand_checkpointing(args)
             forget_plan(causal_lm_of(model))
             choose_save_policy(decoder_layers(model), "offload_input")
             say_once(

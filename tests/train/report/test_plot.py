@@ -51,6 +51,7 @@ def test_no_title_and_no_length_makes_it_warn(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of older matplotlibs; users see none
         plot_loss([make_step(i + 1, 2.0) for i in range(rows)], tmp_path / "loss.png", title)
     assert has_colour(tmp_path / "loss.png", TRAIN) == (rows > 0)
 
@@ -59,6 +60,7 @@ def test_a_loss_that_is_not_finite_is_marked(tmp_path: Path, make_step: Callable
     rows = [make_step(1, 2.0), make_step(2, 1.5), make_step(3, float("nan")), make_step(4, float("inf"))]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of older matplotlibs; users see none
         plot_loss(rows, tmp_path / "loss.png")
     assert has_colour(tmp_path / "loss.png", "#dc2626")
 

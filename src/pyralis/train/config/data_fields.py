@@ -16,8 +16,9 @@ TEMPLATE_NAMES = tuple(sorted(TEMPLATES))
 
 
 def _output_dir(fields: dict[str, Any]) -> str:
-    model = PurePath(fields["model_name_or_path"].rstrip("/\\")).name or "model"
-    return f"output/{model}-{fields['task_type']}-{fields['train_mode']}"
+    """From the fields before it. One that is refused is missing, and an older pydantic asks for this even so."""
+    model = PurePath(fields.get("model_name_or_path", "").rstrip("/\\")).name or "model"
+    return f"output/{model}-{fields.get('task_type')}-{fields.get('train_mode')}"
 
 
 def _known_template(name: str) -> str:

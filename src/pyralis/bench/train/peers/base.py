@@ -18,6 +18,7 @@ from pyralis.bench.train.clock import Measured, StepClock
 from pyralis.bench.train.settings import Job, Loop, Shape
 from pyralis.bench.train.start import make_batch, put_back, snapshot, start_adapter
 from pyralis.bench.train.trainer_loop import run_trainer, trainer_arguments, training_rows
+from pyralis.compat import checkpointing_argument
 
 
 class Peer(ABC):
@@ -100,7 +101,7 @@ class Peer(ABC):
         from trl import SFTConfig, SFTTrainer
 
         options: dict[str, Any] = {
-            "gradient_checkpointing": checkpointed,
+            checkpointing_argument("gradient_checkpointing"): checkpointed,
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }
         return SFTTrainer(

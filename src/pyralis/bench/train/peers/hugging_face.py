@@ -13,7 +13,7 @@ from pyralis.bench.train.clock import Measured
 from pyralis.bench.train.peers import KBIT
 from pyralis.bench.train.peers.base import Peer
 from pyralis.bench.train.settings import Loop, Shape
-from pyralis.compat import checkpointing_argument
+from pyralis.compat import checkpointing_argument, switch_checkpointing
 
 
 class HuggingFace(Peer):
@@ -66,11 +66,9 @@ class HuggingFace(Peer):
         )
 
     def checkpoint(self, model: Any, checkpointed: bool) -> None:
+        switch_checkpointing(model, checkpointed)
         if checkpointed:
-            model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
-        else:
-            model.gradient_checkpointing_disable()
 
     def trainer(self, variant: str, arguments: dict[str, Any], rows: Any) -> Any:
         checkpointing: dict[str, Any] = {checkpointing_argument("gradient_checkpointing"): variant.startswith("True")}

@@ -12,6 +12,7 @@ from pyralis.bench.train.clock import Measured
 from pyralis.bench.train.peers import GRAPH, RESIDENT
 from pyralis.bench.train.peers.base import Peer
 from pyralis.bench.train.settings import Loop, Shape
+from pyralis.compat import switch_checkpointing
 from pyralis.data.collate import Collator
 from pyralis.engine.step_graphs import StepGraphs, use_step_graphs
 from pyralis.errors import ModelError
@@ -43,10 +44,8 @@ class Pyralis(Peer):
         model = self.model if self.model is not None else self._loaded()
         policy, *extras = variant.split("+")
         layers = decoder_layers(model)
-        if policy == "keep":
-            model.gradient_checkpointing_disable()
-        else:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing(model, policy != "keep")
+        if policy != "keep":
             choose_save_policy(layers, policy)  # type: ignore[arg-type]  # one of POLICIES
         keep_matrices(layers, RESIDENT[1:] in extras)
         self.graphs = use_step_graphs(model, "auto" if GRAPH[1:] in extras else "off")
