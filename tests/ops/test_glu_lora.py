@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyralis.ops import glu_lora
-from pyralis.ops._triton import Gpu, kernels_on_cpu
+from pyralis.ops._triton import Gpu, gpu_of, kernels_on_cpu
 from pyralis.ops.glu import Activation, glu_forward, split_gate_up
 from pyralis.ops.glu import reference as glu_reference
 from pyralis.ops.glu import reference_backward as glu_reference_backward
@@ -21,6 +21,7 @@ from pyralis.ops.glu_lora import (
     forward_supported,
     glu_lora_backward,
     glu_lora_forward,
+    partial_bytes,
     reference,
     supported,
 )
@@ -136,6 +137,21 @@ def test_backward(
             factor = 2 if a.dtype == torch.float32 else 1
             torch.testing.assert_close(a, factor * b, rtol=1e-5, atol=1e-5)
     accuracy.check()
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_partial_sums_are_counted(device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, sizes, launch = Problem(ADAPTED[name], 45, 270, 16, torch.bfloat16, device, 3), [], glu_lora.launch
+
+    def recorded(kernel: Any, grid: Any, *args: Any, **how: Any) -> None:
+        if kernel is glu_lora.glu_lora_backward_kernel:
+            sizes.append(sum(part.nbytes for part in args[6:9] if part is not None))
+        launch(kernel, grid, *args, **how)
+
+    monkeypatch.setattr(glu_lora, "launch", recorded)
+    problem.run("gelu", problem.outputs()[0])  # whose launch is the same for rows that are not aligned
+    lora = problem.group if problem.group.rank else None
+    assert sizes == [partial_bytes(45, 270, 16, gpu_of(device), "gelu", lora=lora, down=problem.has_down)]
 
 
 @pytest.mark.parametrize("name", ADAPTED)

@@ -98,7 +98,13 @@ def test_any_of_the_weights_in_place(device: torch.device, trained: tuple[bool, 
     want = reference_backward(dy.double(), x.double(), weight.double(), mean.double(), rstd.double())[1:]
     buffers = [guarded(N, dtype=torch.float32, device=device) if t else None for t in trained]
     dweight, dbias = (None if b is None else b.view for b in buffers)
+    over_x, sums = x.clone(), [None if b is None else torch.empty_like(b.view) for b in buffers]
+    layer_norm_backward(
+        dy, over_x, weight, mean, rstd, residual_grad=residual_grad, out=over_x, dweight=sums[0], dbias=sums[1]
+    )  # fmt: skip
     layer_norm_backward(dy, x, weight, mean, rstd, residual_grad=residual_grad, out=dy, dweight=dweight, dbias=dbias)
+    assert torch.equal(over_x, dy)
+    assert all(a is None or b is None or torch.equal(a, b) for a, b in zip(sums, (dweight, dbias)))
     torch.testing.assert_close(dy, dx_want, rtol=2**-7, atol=1e-5)  # another order of operations: an ulp of bfloat16
     for buffer, expected in zip(buffers, want):
         if buffer is not None:

@@ -137,6 +137,8 @@ def test_in_place(device: torch.device) -> None:
     assert torch.equal(rms_norm_backward(dy, h, weight, rstd, residual_grad=buffer, out=buffer), dx)
     buffer = dy.clone()
     assert torch.equal(rms_norm_backward(buffer, h, weight, rstd, residual_grad=residual_grad, out=buffer), dx)
+    buffer = h.clone()
+    assert torch.equal(rms_norm_backward(dy, buffer, weight, rstd, residual_grad=residual_grad, out=buffer), dx)
 
 
 @pytest.mark.parametrize(("T", "N"), [(150, 72), (9, 2100), (4, 8200)])
