@@ -153,6 +153,23 @@ def test_gradients_too_large_to_be_kept_aside(monkeypatch: pytest.MonkeyPatch) -
     assert engine.replays == 1
 
 
+def test_a_loss_s_gradient_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 a scaled loss's: without its scale all gradients might be zero, and nothing would ever be proven."""
+    model, used = make(CPU), list[float]()
+    backward = CapturedStep.backward
+
+    def noted(self: CapturedStep, grad: Tensor) -> None:
+        used.append(float(grad))
+        backward(self, grad)
+
+    monkeypatch.setattr(CapturedStep, "backward", noted)
+    engine = graphs(model, CPU)
+    for factor in (1.0, 4096.0, 2048.0):
+        run(model, batch(CPU), factor=factor)
+    assert used == [4096.0, 2048.0]
+    assert engine.reason is None
+
+
 def test_what_a_check_can_see() -> None:
     """Any element of a small tensor, the norm of a large one, and a small tensor beside large ones."""
     parameters = [

@@ -29,9 +29,13 @@ class Proof:
     before: Surroundings
     run: Measured
     plain: Tensor | None  # the loss of the batch as it came; None where dropout's masks would be other ones
+    upstream: Tensor | None  # the gradient of the loss; None: 1
 
     @classmethod
-    def of(cls, step: RecordableStep, at_bucket: Callable[[], Tensor], as_it_is: Callable[[], Tensor]) -> Proof:
+    def of(
+        cls, step: RecordableStep, at_bucket: Callable[[], Tensor], as_it_is: Callable[[], Tensor],
+        upstream: Tensor | None = None,
+    ) -> Proof:  # fmt: skip
         """at_bucket, as_it_is: forwards of the step, with its padding and as the batch came. Nothing is left behind:
         gradients accumulated so far and random states stay. Raises what a forward or a backward raises."""
         gradients, before = gradients_of(step), Surroundings.now(step.device)
@@ -42,10 +46,11 @@ class Proof:
         def run() -> Tensor:
             with before.again():
                 loss = at_bucket()
-            _backward(loss)
+            with torch.autocast(loss.device.type, enabled=False):  # which trainers have left by then
+                loss.backward(_gradient(loss, upstream))
             return loss
 
-        return cls(step, gradients, before, measured(gradients, run), plain)
+        return cls(step, gradients, before, measured(gradients, run), plain, upstream)
 
     @property
     def weights(self) -> ModelWeights:
@@ -62,7 +67,7 @@ class Proof:
         def replay() -> Tensor:
             with self.before.again():
                 loss = made.forward(step.batch, step.request.num_items)
-                made.backward(torch.ones_like(loss))
+                made.backward(_gradient(loss, self.upstream))
             return loss
 
         names = {id(p): name for name, p in step.causal.named_parameters()}
@@ -83,9 +88,8 @@ def gradients_of(step: RecordableStep) -> StepGradients:
     return StepGradients((*weights.parameters, *outer), weights.gradients)
 
 
-def _backward(loss: Tensor) -> None:
-    with torch.autocast(loss.device.type, enabled=False):  # which trainers have left by then
-        loss.backward()
+def _gradient(loss: Tensor, upstream: Tensor | None) -> Tensor:
+    return torch.ones_like(loss) if upstream is None else upstream.to(loss)
 
 
 @contextmanager

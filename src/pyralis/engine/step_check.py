@@ -28,7 +28,7 @@ LEAST_NORM = 1e-2  # of the root mean square of all norms, likewise
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What a micro-step came to, on the device. Gradients are those of a loss whose own gradient is 1."""
+    """What a micro-step came to, on the device."""
 
     loss: Tensor  # []
     norms: Tensor  # [parameters] float32

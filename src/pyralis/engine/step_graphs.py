@@ -215,7 +215,7 @@ class StepGraphs:
         if not gradients_of(step).can_be_kept_aside():
             return ACCUMULATED
         try:
-            proof = Proof.of(step, partial(self._steps.run, step, anchored=True), as_it_is)
+            proof = self._steps.prove(step, as_it_is)
         except torch.OutOfMemoryError:
             if not self.make_room():
                 raise
@@ -223,8 +223,7 @@ class StepGraphs:
         if not proof.run.tells():  # of a batch in which nothing is learnt, say; another one will
             self._patience.start_anew(step.key)
             return FIRST_STEPS
-        tokens = step.batch.input_ids.numel()
-        if any(known.static.input_ids.numel() < tokens for known in self._steps.values()):
+        if self._steps.has_smaller_than(step):
             self.drop()
         reason = self._try(proof)
         if reason == NO_MEMORY and self.drop():  # the pool had less than the whole GPU
