@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 
@@ -9,7 +10,7 @@ import typer
 
 from pyralis import __version__
 from pyralis.cli.quiet import set_up_process
-from pyralis.errors import PyralisError
+from pyralis.errors import PyralisError, SaveError
 
 # Each module has `register(app)`. They import their heavy dependencies inside the command, so that `--help` is quick.
 COMMANDS: tuple[str, ...] = (
@@ -45,14 +46,26 @@ def build_app() -> typer.Typer:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point; never returns. Exit codes: 0 done, 1 failed, 2 bad input, 3 download failed, 130 interrupted."""
+    """Entry point; never returns. Exit codes: 0 done, 1 failed, 2 bad input, 3 download failed, 4 not saved, 75 stopped
+    by SIGTERM, 130 by Ctrl-C."""
     set_up_process()
     try:
         build_app()(args=args, standalone_mode=True)
     except PyralisError as error:
-        from rich.console import Console
-
-        console = Console(stderr=True, highlight=False)
-        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        console.print(str(error), markup=False)
+        _say(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        full = SaveError(f"{error.strerror}{where}. Make room, then start again; checkpoints that are there are whole.")
+        _say(full)
+        sys.exit(full.exit_code)
+
+
+def _say(error: PyralisError) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+    console.print(str(error), markup=False)
