@@ -341,10 +341,19 @@ def _stopped_run() -> Path:
 TARGETS: dict[str, Target] = {
     target.__name__: target for target in (config, rows, files, template, model, adapter, gguf, checkpoint, replay)
 }
+MADE_OF: dict[str, tuple[Callable[[], Any], ...]] = {
+    "model": (_model,),
+    "adapter": (_adapter,),
+    "gguf": (seeds.gguf_file,),
+    "checkpoint": (_run,),
+    "replay": (_stopped_run,),
+}
 
 
 def warm_up(target: Target) -> None:
     """Some cases before any is counted: what is imported and made once takes seconds."""
+    for make in MADE_OF.get(target.__name__, (_tokenizer,)):
+        make()
     generator = random.Random(0)
     for number in range(12):
         folder = _home() / f"warm-{number}"

@@ -17,6 +17,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"train_mode": "full", "lora_dropout": 0.0},
     "packed": {"train_mode": "lora", "lora_dropout": 0.1, "packing": True},
     "documents": {"train_mode": "full", "task_type": "pretrain"},
+    "streamed": {"train_mode": "full", "task_type": "pretrain", "streaming": True, "stream_buffer_size": 16},
     "accumulated": {"train_mode": "lora", "lora_dropout": 0.1, "gradient_accumulation_steps": 3},
 }
 
@@ -46,4 +47,4 @@ def test_three_kills(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_kills(case: str, tiny_llama: Path, chats: Path, documents: Path, tmp_path: Path) -> None:
-    check(case, tiny_llama, documents if case == "documents" else chats, tmp_path, kills=20, steps=200)
+    check(case, tiny_llama, documents if case in ("documents", "streamed") else chats, tmp_path, kills=20, steps=200)
