@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,18 @@ def test_an_adapter_folder_names_its_base(llama: Path, tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)).get_vocab() == make_tiny_tokenizer().get_vocab()  # of the base
     with pytest.raises(ModelError, match="which full training would leave out: merge it first"):
         load_model(ModelSettings(str(tmp_path), "full"))
+
+
+def test_an_adapter_beside_a_whole_model_is_not_taken_in_silence(llama: Path, tmp_path: Path) -> None:
+    attach_lora(load_model(ModelSettings(str(llama), dtype="float32")).model, LoraSettings(rank=4)).save_pretrained(
+        tmp_path
+    )
+    for file in llama.iterdir():
+        shutil.copy(file, tmp_path)
+    with pytest.raises(ModelError, match=r"whole model and an adapter .*folder of their own"):
+        load_model(ModelSettings(str(tmp_path), dtype="float32"))
+    (tmp_path / "model.safetensors").unlink()  # only the base's config.json is left
+    assert load_model(ModelSettings(str(tmp_path), dtype="float32")).adapter == tmp_path
 
 
 def test_rope_is_scaled_for_longer_sequences(llama: Path) -> None:

@@ -18,7 +18,7 @@ from pyralis.models.gguf import gguf_options
 from pyralis.models.hub import HubOptions
 from pyralis.models.nf4 import is_four_bit, settle_four_bit
 from pyralis.models.rope_scaling import RopeScaling, scale_rope
-from pyralis.models.source import ModelSource, locate_model
+from pyralis.models.source import ADAPTER_WITHIN, ModelSource, locate_model
 from pyralis.models.tokenizer import load_tokenizer
 
 __all__ = ["LoadedModel", "ModelSettings", "TrainMode", "load_model", "load_tokenizer"]
@@ -228,6 +228,8 @@ def _from_pretrained(source: ModelSource, options: dict[str, Any]) -> PreTrained
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError(f"{source.path} does not fit into the GPU's memory: {_first_line(error)}") from error
         raise ModelError(f"{source.path} cannot be loaded: {_first_line(error)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(ADAPTER_WITHIN.format(source.path))
     if missing := sorted(report.get("missing_keys") or ()):
         raise ModelError(
             f"{source.path} lacks {len(missing)} of the model's weights ({', '.join(missing[:4])}): the checkpoint is "

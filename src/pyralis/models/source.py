@@ -13,6 +13,12 @@ from pyralis.models.demo import find_demo_model
 from pyralis.models.fetch import fetch_model, hub_is_reachable
 from pyralis.models.files import read_json
 
+# transformers puts such an adapter into the model as it loads it, as layers that nothing here knows of.
+ADAPTER_WITHIN = (
+    "{} holds a whole model and an adapter (adapter_config.json): which is meant? Move the adapter's two files into a "
+    "folder of their own; then either folder loads."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
@@ -68,7 +74,10 @@ def locate_model(model_name_or_path: str, *, revision: str | None = None, base: 
 
 
 def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds an adapter and no whole model: some tools save the base's config.json with it."""
+    weights = (file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern))
+    whole = (folder / "config.json").is_file() and any(file.name != "adapter_model.safetensors" for file in weights)
+    return (folder / "adapter_config.json").is_file() and not whole
 
 
 def looks_like_path(name: str) -> bool:
