@@ -69,6 +69,8 @@ def expected(base: Any, tokens: int, policy: SavePolicy, tile: int | None = None
     if policy == "offload_input":  # on a CPU inputs stay where they are
         around += tokens * 64 * layer.residual_size
     output = tokens * 64 * layer.residual_size
+    if base.config.model_type == "granite":  # stock multiplies the embeddings
+        around += output
     return Peaks(around + most.forward, around + most.backward + output)
 
 

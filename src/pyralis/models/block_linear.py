@@ -117,8 +117,8 @@ class LinearBackward:
     def release_dy(self) -> None:
         """Give up dy's memory, in which t lies, where only `dA` is still to be made: t is a 64th of it or so."""
         if not any(weight is not None for weight in self.group.trained.weights):
-            self.t = self.t.clone()
-            self.dy = self.t
+            self.dy = self.t  # dy itself first
+            self.dy = self.t = self.t.clone()
 
     def finish(self, x: Tensor | None) -> Tensor:
         """Gradients that need x [T, K or K + P]; returns dx. What overwrites dx has to come before."""
