@@ -37,8 +37,10 @@ def make_adapter(base: Path, folder: Path, settings: LoraSettings, train_mode: T
 
 
 def stock_logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Eager: transformers before 5.23 would take SDPA for Gemma 2, which leaves the softcap out."""
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()(IDS).logits.float()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        return model.eval()(IDS).logits.float()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
