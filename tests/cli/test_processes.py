@@ -17,11 +17,12 @@ from pyralis.cli import processes
 from pyralis.cli.processes import check_gpus, run_processes
 from pyralis.errors import ConfigError
 
+ALONE = [sys.executable, "-c"]
 RANK = "import os, sys, time; rank = int(os.environ['RANK']);"
 
 
 def python(code: str) -> list[str]:
-    return [sys.executable, "-c", RANK + code]
+    return [*ALONE, RANK + code]
 
 
 def test_each_gets_its_place(tmp_path: Path) -> None:
@@ -85,6 +86,17 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     file.write_text('{"lora_rankk": 4}')
     done = pyralis("train", str(file), "--gpus", "2").communicate(timeout=120)[0]
     assert done.count("lora_rankk") == 1
+
+
+def test_the_end_of_one_of_a_group(tmp_path: Path) -> None:
+    """What waits for the end is done, what is printed arrives, and nothing is taken down behind it."""
+    code = (
+        "import atexit, sys, torch.distributed; from pyralis.cli.processes import end_if_grouped; end_if_grouped(1);"
+        "torch.distributed.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=0, world_size=1);"
+        "atexit.register(print, 'the last line'); print('before', end=' '); end_if_grouped(7); print('never')"
+    )
+    done = subprocess.run([*ALONE, code, str(tmp_path / "meet")], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (7, "before the last line\n")
 
 
 def pyralis(*arguments: str) -> subprocess.Popen[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import importlib
 import sys
+from typing import NoReturn
 
 import typer
 
 from pyralis import __version__
+from pyralis.cli.processes import end_if_grouped
 from pyralis.cli.quiet import set_up_process
 from pyralis.errors import PyralisError, SaveError
 
@@ -52,20 +54,20 @@ def main(args: list[str] | None = None) -> None:
     try:
         build_app()(args=args, standalone_mode=True)
     except PyralisError as error:
-        _say(error)
-        sys.exit(error.exit_code)
+        _end(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" ({error.filename})" if error.filename else ""
         full = SaveError(f"{error.strerror}{where}. Make room, then start again; checkpoints that are there are whole.")
-        _say(full)
-        sys.exit(full.exit_code)
+        _end(full)
 
 
-def _say(error: PyralisError) -> None:
+def _end(error: PyralisError) -> NoReturn:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
     console.print(str(error), markup=False)
+    end_if_grouped(error.exit_code)
+    sys.exit(error.exit_code)

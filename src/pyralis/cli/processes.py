@@ -6,6 +6,7 @@ would lose its checkpoint and the exit code that says "start me again".
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -70,6 +71,21 @@ def check_gpus(count: int) -> None:
         )
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("--gpus starts the processes itself; torchrun has started them already. Use one of the two.")
+
+
+def end_if_grouped(code: int) -> None:
+    """End a process that is one of a group here and now, as if it had come to its end; return if it is not.
+
+    Python would take the group down with the rest of what lives, holding the lock that gloo's threads wait for to let
+    go of their last tensors: one run in four did not end, or was aborted, `destroy_process_group` or not.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    atexit._run_exitfuncs()  # trackers send their last lines from there
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def train_command(config: str, overrides: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from pyralis.cli.processes import end_if_grouped
 from pyralis.cli.stopped import EXIT_CODES, RESUME_ME, Stopped, stoppable, what_is_kept
 
 
@@ -52,6 +53,7 @@ def register(app: typer.Typer) -> None:
             by = stopped.signal if isinstance(stopped, Stopped) else signal.SIGINT
             _say_stopped(by.name, config, overrides or ())
             code = EXIT_CODES[by]
+        end_if_grouped(code)
         if code:
             raise typer.Exit(code)
 
@@ -63,7 +65,6 @@ def _train(config: str, overrides: Sequence[str]) -> int:
     from pyralis.train.run import train as run
 
     result = run(config, overrides)
-    _leave_group()
     if result.status == "interrupted":
         return RESUME_ME if result.signal == "SIGTERM" else 130
     return 0
@@ -88,11 +89,3 @@ def _on_gpus(count: int, config: str, overrides: Sequence[str]) -> int:
     check_gpus(count)
     load_config(config, overrides)  # what is wrong with it is said once
     return run_processes(count, train_command(config, overrides))
-
-
-def _leave_group() -> None:
-    """Leaves the group of processes, if there is one: gloo aborts a process that ends without it, now and then."""
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
