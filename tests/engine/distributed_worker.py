@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyralis.cli.processes import end_if_grouped
 from pyralis.engine.step_graphs import WARM_UP
 from pyralis.ops.attention_backends import BACKENDS
 from tests.engine.steps import batch, gradients, graphs, make, run, same
@@ -42,7 +43,7 @@ def main() -> None:
             wanted = trained(False, saved, bucket_views)
             for got, want in zip(trained(True, saved, bucket_views), wanted, strict=True):
                 same(got, want)
-    dist.destroy_process_group()
+    end_if_grouped(0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from pyralis.cli.processes import end_if_grouped
 from pyralis.models.families import FAMILIES as SERVED
 from pyralis.models.surgery import accelerate, decoder_layers, report
 from tests.models.spec_block import CountedFused, block_in_place
@@ -83,6 +84,7 @@ def main() -> None:
                 assert block.calls == 8, block.calls
                 same(fully_sharded(lora, True, each_layer=flag), fully_sharded(lora, False, each_layer=flag))
     print(f"rank {os.environ['RANK']}: equal")
+    end_if_grouped(0)
 
 
 if __name__ == "__main__":
