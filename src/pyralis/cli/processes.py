@@ -16,11 +16,13 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from pyralis.cli.stopped import EXIT_CODES
+
 # What a failing process leaves the others waiting for never comes. They end by the same error, or are ended.
 GRACE_SECONDS = 15.0
 LOOK_SECONDS = 0.1
 # Codes of runs that end together: what the first says, the others say soon.
-TOGETHER = (0, 75, 130)
+TOGETHER = (0, *EXIT_CODES.values())
 
 
 def run_processes(count: int, command: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pyralis.cli.processes import end_if_grouped
-from pyralis.cli.stopped import EXIT_CODES, RESUME_ME, Stopped, stoppable, what_is_kept
+from pyralis.cli.stopped import EXIT_CODES, Stopped, stoppable, what_is_kept
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +66,7 @@ def _train(config: str, overrides: Sequence[str]) -> int:
 
     result = run(config, overrides)
     if result.status == "interrupted":
-        return RESUME_ME if result.signal == "SIGTERM" else 130
+        return EXIT_CODES[signal.Signals[result.signal or "SIGINT"]]
     return 0
 
 
