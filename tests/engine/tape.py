@@ -78,6 +78,9 @@ class TapeRecorder:
             earlier.spoil()
         return tape.replay
 
+    def wait(self) -> None:
+        """Nothing runs on its own."""
+
     def renew(self) -> None:
         self.tapes = []
 

@@ -21,6 +21,7 @@ IDS = torch.arange(4, 68).view(2, 32)
 
 def build(device: str = "cpu", **config: Any) -> Any:
     model = build_tiny_model(tie_word_embeddings=config.pop("tie", False), **config).to(device)
+    torch.manual_seed(0)  # of LoRA's B
     tuned = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
     accelerate(tuned)
     return tuned.train()

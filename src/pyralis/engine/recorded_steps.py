@@ -40,7 +40,8 @@ class RecordedSteps(dict[Hashable, CapturedStep]):
 
     def drop(self) -> bool:
         """Forget all and give their memory back; False if there were none."""
-        had = bool(self)
+        if had := bool(self):
+            self.recorder.wait()  # host memory that a replay still copies to would be handed out again
         self.clear()
         self.recorder.renew()
         return had

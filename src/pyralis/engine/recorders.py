@@ -21,6 +21,9 @@ class Recorder(Protocol):
     def record(self, work: Work) -> Work:
         """What does the same again on the same memory. Nothing says that the work itself is done, or is not."""
 
+    def wait(self) -> None:
+        """Come back when all replays are done: their memory may go then."""
+
     def renew(self) -> None:
         """All that was recorded is gone."""
 
@@ -33,6 +36,9 @@ class Rerun:
 
     def record(self, work: Work) -> Work:
         return work
+
+    def wait(self) -> None:
+        """Nothing runs on its own."""
 
     def renew(self) -> None:
         """Nothing is kept."""
@@ -56,7 +62,18 @@ class CudaGraphs:
                 work()
         finally:
             torch.cuda.set_stream(stream)  # torch stays on the other one where the capture's end raises
-        return graph.replay
+
+        def replay() -> None:
+            graph.replay()
+            # Expandable segments are unmapped once the stream that they were taken on is done, which is not the one
+            # that replays: without this, memory went under a replay that was still running.
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+        return replay
+
+    def wait(self) -> None:
+        with suppress(RuntimeError):  # of a device that is lost: so says whatever asks it next
+            torch.cuda.synchronize(self._stream.device)
 
     def renew(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()  # a pool dies with its last graph
