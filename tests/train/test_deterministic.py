@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,31 @@ def test_two_runs_agree_in_every_bit(tiny_llama: Path, chats: Path, tmp_path: Pa
     assert len(one_curve) == 4
     assert one_curve == other_curve
     assert state() == before
+
+
+# In a process of its own: cuBLAS reads its setting at the first product.
+RESUMED = """
+import sys
+from pathlib import Path
+from tests.train.runs import run
+
+model, data, folder = map(Path, sys.argv[1:])
+values = dict(
+    deterministic=True, dtype="auto", lora_dropout=0.1, packing=True, logging_steps=1, save_steps=4, learning_rate=1e-3
+)
+run(model, data, folder / "whole", max_steps=12, **values)
+run(model, data, folder / "first", max_steps=4, **values)
+checkpoint = str(folder / "first" / "checkpoint-4")
+run(model, data, folder / "parts", max_steps=12, resume_from_checkpoint=checkpoint, **values)
+"""
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_that_is_resumed_ends_in_the_same_bits(tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    """Steps are recorded after the fourth in the whole run, and anew after it in the resumed one."""
+    command = [sys.executable, "-c", RESUMED, str(tiny_llama), str(chats), str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, parts = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)

@@ -17,7 +17,7 @@ class Measured:
 
     Attributes:
         seconds: from the end of a step to that of the next, the GPU's work included; those after the warm-up.
-        cpu_seconds: of these, until the step's last launch (its last wait for the GPU, if it waits).
+        cpu_seconds: from the last launch of a step to that of the next; waits for the GPU included, if it waits.
         losses: of the first steps.
         first_step: seconds, compilation included.
         peak_allocated, peak_reserved: bytes, from the first step on: what a CUDA graph uses is counted only while it
@@ -39,7 +39,9 @@ class Measured:
 class StepClock:
     """`start()`, then `tick(loss)` at the end of each of `total` steps, then `measured()`.
 
-    Each tick waits for the GPU. What the clock itself does between steps is not counted.
+    During the warm-up each tick waits for the GPU, and what the clock itself does between steps is not counted. Timed
+    steps follow one another as in training: on a GPU by its own clock (CUDA events), with no wait in between, so that
+    a CPU that runs ahead hides its work and one that does not is seen to be late.
     """
 
     device: torch.device
@@ -47,7 +49,8 @@ class StepClock:
     steps: int
     profile: bool = False
     _ends: list[tuple[float, float]] = field(default_factory=list)  # (seconds, CPU seconds) of each step
-    _losses: list[float] = field(default_factory=list)
+    _events: list[tuple[torch.cuda.Event, float]] = field(default_factory=list)  # at ends of steps; when, on the CPU
+    _losses: list[Tensor | float] = field(default_factory=list)
     _peaks: tuple[int, int] = (0, 0)
     _profiled: tuple[int, float] | None = None
     _profiler: torch.profiler.profile | None = None
@@ -66,18 +69,25 @@ class StepClock:
         self._wait()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            if not self.warmup:
+                self._mark()
         self._last = time.perf_counter()
 
     def tick(self, loss: Tensor | None = None) -> None:
-        """A step has ended; `loss` is read if `wants_loss`."""
-        launched = time.perf_counter()
-        self._wait()
-        self._ends.append((time.perf_counter() - self._last, launched - self._last))
+        """A step has ended; `loss` is kept if `wants_loss`."""
         if loss is not None and self.wants_loss:
-            self._losses.append(float(loss))
-        done = len(self._ends)
+            self._losses.append(loss.detach().clone())
+        if self.device.type == "cuda" and self.warmup <= self._done < self.warmup + self.steps:
+            self._mark()
+            if len(self._events) <= self.steps:
+                return
+            self._read_events()
+        else:
+            launched = time.perf_counter()
+            self._wait()
+            self._ends.append((time.perf_counter() - self._last, launched - self._last))
         if self.device.type == "cuda":
-            self._on_gpu(done)
+            self._on_gpu(self._done)
         self._last = time.perf_counter()
 
     def add_loss(self, loss: float) -> None:
@@ -89,16 +99,34 @@ class StepClock:
         timed = self._ends[self.warmup : self.warmup + self.steps]
         kernels, busy = self._profiled or (None, None)
         return Measured(
-            tuple(wall for wall, _ in timed), tuple(cpu for _, cpu in timed), tuple(self._losses), self._ends[0][0],
+            tuple(wall for wall, _ in timed), tuple(cpu for _, cpu in timed), tuple(map(float, self._losses)),
+            self._ends[0][0],
             *self._peaks, kernels, busy,
         )  # fmt: skip
+
+    @property
+    def _done(self) -> int:
+        return len(self._ends) + max(len(self._events) - 1, 0)
+
+    def _mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self._events.append((event, time.perf_counter()))
+
+    def _read_events(self) -> None:
+        self._wait()
+        for (before, launched_before), (event, launched) in zip(self._events, self._events[1:]):
+            self._ends.append((before.elapsed_time(event) * 1e-3, launched - launched_before))
+        self._events.clear()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def _on_gpu(self, done: int) -> None:
-        if done == self.warmup + self.steps:
+        if done == self.warmup:
+            self._mark()
+        elif done == self.warmup + self.steps:
             self._peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             if self.profile:
                 self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
