@@ -46,7 +46,7 @@ def test_contenders_agree(case, monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(a.float().reshape(b.shape), b.float(), rtol=0.05, atol=0.1, msg=name)
 
 
-@pytest.mark.parametrize("op", ["glu", "layer_norm", "rms_norm", "rope"])
+@pytest.mark.parametrize("op", ["copy_rows", "glu", "layer_norm", "rms_norm", "rope"])
 def test_elementwise_ops_beside_torch_and_compile(op: str) -> None:
     for case in find_cases([op], ["tiny"], [6]):
         assert {PYRALIS, STOCK, COMPILED} <= set(case.contenders(torch.device("cpu"))), case.op

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-from pyralis.ops._triton import kernels_on_cpu
+from pyralis.ops._rope_kernels import HeadLaunch
+from pyralis.ops._triton import Gpu, kernels_on_cpu, recording
 from pyralis.ops.rope import QKNorm, reference, rope, rope_backward, rope_forward, split_qkv, supported
 from tests.ops.harness import Accuracy, assert_deterministic, guarded, interpreted, oracle_gradients, random
 
@@ -159,6 +160,85 @@ def test_backward_into_a_fused_row(device: torch.device, R: int, normed: bool | 
     assert bool((to_v == 7.0).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [None, False])
+@pytest.mark.parametrize(("T", "H", "KV", "D", "R"), [(5, 3, 2, 16, 12), (3, 7, 5, 24, 24), (2, 20, 20, 128, 128)])
+def test_v_is_copied_on_the_way(
+    device: torch.device, T: int, H: int, KV: int, D: int, R: int, normed: bool | None, dtype: torch.dtype
+) -> None:
+    """From any strides into a fused row; q's, k's and the norms' gradients are the same bits as without it. Of the last
+    shape's heads one program takes sixteen, another four; five heads are fewer than a tile's eight."""
+    q, k, _ = split_qkv(qkv(T, H, KV, D, dtype, device, 0), H, KV)
+    dq, dk, dv = split_qkv(qkv(T, H, KV, D, dtype, device, 1), H, KV)
+    cos, sin = tables(T, R, dtype, device)
+    norm = None if normed is None else norms(D, dtype, device, normed)
+    saved = rope_forward(q, k, cos, sin, norm=norm, q_out=torch.empty_like(q), k_out=torch.empty_like(k))[2]
+    transposed = dv.transpose(0, 1).contiguous().transpose(0, 1)
+    results = []
+    for v in (None, dv, dv.contiguous(), transposed):
+        width = (H + 2 * KV) * D
+        buffer = guarded(T, width, dtype=dtype, device=device, stride=width + 9)
+        weights = [None, None] if norm is None else [torch.empty_like(norm.q_weight) for _ in range(2)]
+        to_q, to_k, to_v = split_qkv(buffer.view, H, KV)
+        before = None if v is None else v.clone()
+        rope_backward(
+            dq, dk, cos, sin, norm=norm, saved=saved, dq_weight=weights[0], dk_weight=weights[1],
+            dq_out=to_q, dk_out=to_k, dv=v, dv_out=None if v is None else to_v,
+        )  # fmt: skip
+        if v is None:
+            assert bool(to_v.isnan().all())
+            to_v.copy_(dv)
+        else:
+            assert torch.equal(v, before)
+        buffer.check()
+        results.append((buffer.view, *(w for w in weights if w is not None)))
+    for found in results[1:]:
+        for a, b in zip(found, results[0]):
+            assert torch.equal(a, b)
+
+
+def test_v_beside_q_and_k_in_place(device: torch.device) -> None:
+    """Its place may be any, of heads that lie apart too; what cannot be copied is said."""
+    T, H, KV, D = 4, 2, 3, 16
+    dq, dk, dv = split_qkv(qkv(T, H, KV, D, torch.bfloat16, device, 0), H, KV)
+    cos, sin = tables(T, D, torch.bfloat16, device)
+    want = rope_backward(dq.clone(), dk.clone(), cos, sin)
+    storage = torch.full((KV, T + 1, D + 3), 7.0, dtype=torch.bfloat16, device=device)
+    place = storage[:, :T, :D].transpose(0, 1)
+    got = rope_backward(dq, dk, cos, sin, dv=dv, dv_out=place)
+    assert torch.equal(place, dv)
+    place.fill_(7.0)
+    assert bool((storage == 7.0).all())
+    for a, b in zip(got, want):
+        assert torch.equal(a, b)
+    for wrong in (None, place[:, :1], place.float()):
+        with pytest.raises(AssertionError, match="dv and dv_out"):
+            rope_backward(dq, dk, cos, sin, dv=dv, dv_out=wrong)
+
+
+@pytest.mark.parametrize(("heads", "D", "R"), [(8, 128, 128), (32, 80, 32), (4, 256, 256), (1, 512, 16), (71, 64, 16)])
+def test_tiles_of_v_fit_into_registers(heads: int, D: int, R: int) -> None:
+    plan = HeadLaunch.of(max(heads, 32), R)
+    copied = plan.copied_heads(heads, D)
+    assert copied & (copied - 1) == 0
+    assert copied == 1 or copied * D <= 16 * 32 * plan.num_warps
+    assert copied < 2 * heads
+
+
+def test_one_launch_with_v_or_without() -> None:
+    """v's heads are programs of the same grid."""
+    T, H, KV, D = 8, 32, 8, 128
+    grids = []
+    for with_v in (False, True):
+        with recording(Gpu((9, 0), 132)) as launches:
+            q, k, v = split_qkv(torch.empty((T, (H + 2 * KV) * D), dtype=torch.bfloat16, device="meta"), H, KV)
+            cos, sin = torch.empty((2, T, D), dtype=torch.bfloat16, device="meta")
+            rope_backward(q, k, cos, sin, dv=v if with_v else None, dv_out=torch.empty_like(v) if with_v else None)
+        (launch,) = launches
+        grids.append(launch.grid)
+    assert grids == [(T, 3), (T, 4)]
+
+
 def test_transposed_heads_and_shared_table(device: torch.device) -> None:
     """q as [H, T, D] in memory; two sequences share one table; int32 positions say the same."""
     T, H, KV, D, S = 6, 4, 2, 16, 3
@@ -234,14 +314,15 @@ def test_any_shape(T: int, H: int, KV: int, half: int, rest: int, normed: bool |
     results = []
     for enabled in (True, False):
         with kernels_on_cpu(enabled):
-            q, k, _ = split_qkv(qkv(T, H, KV, D, torch.float32, CPU, 0), H, KV)
+            q, k, v = split_qkv(qkv(T, H, KV, D, torch.float32, CPU, 0), H, KV)
             new_q, new_k, saved = rope_forward(q, k, cos, sin, norm=norm)
+            to_v = torch.full_like(v, float("nan"))
             weights = [None, None] if norm is None else [torch.empty(D), torch.empty(D)]
             grads = rope_backward(
                 new_q.clone(), new_k.clone(), cos, sin, norm=norm, saved=saved,
-                dq_weight=weights[0], dk_weight=weights[1],
+                dq_weight=weights[0], dk_weight=weights[1], dv=v, dv_out=to_v,
             )  # fmt: skip
-            results.append((new_q.clone(), new_k.clone(), *grads, *(w for w in weights if w is not None)))
+            results.append((new_q.clone(), new_k.clone(), *grads, *(w for w in weights if w is not None), to_v))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -266,3 +347,7 @@ def test_more_than_2_31_elements() -> None:
     rope_forward(*split_qkv(row, H, KV)[:2], cos, sin, positions=positions)
     rope_forward(*split_qkv(tail, H, KV)[:2], cos, sin, positions=positions[-5:].clone())
     assert torch.equal(row[-5:], tail)
+    q, k, v = split_qkv(row, H, KV)
+    dv = k.neg()
+    rope_backward(q[:, :1], k, cos, sin, positions=positions, dv=dv, dv_out=v)
+    assert torch.equal(v, dv)

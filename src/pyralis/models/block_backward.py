@@ -84,13 +84,13 @@ def _qkv_backward(c: Context, a: Activations, flat: FlatGradients, dq: Tensor, d
     dqkv = wide_gradient(c.state.qkv, a.qkv.shape[0], a.qkv.dtype, a.qkv.device)
     room = dqkv.shape[1] - a.qkv.shape[1]
     to_q, to_k, to_v, _ = dqkv.split_with_sizes((*spec.qkv_features, room), 1)
-    to_v.copy_(dv)
     weights = () if norm is None else (norm.q_weight, norm.k_weight)
     grads = [torch.empty_like(w) if w.requires_grad else None for w in weights] or [None, None]
     shape = (dq.shape[0], -1, spec.attention.head_dim)
     rope_backward(
         dq.view(shape), dk.view(shape), c.cos, c.sin, norm=norm, saved=a.qk_saved,
         dq_weight=grads[0], dk_weight=grads[1], dq_out=to_q.view(shape), dk_out=to_k.view(shape),
+        dv=dv.view(shape), dv_out=to_v.view(shape),
     )  # fmt: skip
     for part, grad in zip((spec.q_norm, spec.k_norm), grads):
         if part is not None and grad is not None:

@@ -1,12 +1,37 @@
-"""The kernels of rope.py: a program takes one token and HEADS heads of q or of k.
+"""The kernels of rope.py: a program takes one token and HEADS heads of q or of k, or in the backward V_HEADS of v.
 
-A tile of heads is three: the first and the second half of the rotated columns, and the rest that passes through.
+A tile of heads is three: the first and the second half of the rotated columns, and the rest that passes through. A tile
+of v's gradient, which is only copied, is one.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
-from pyralis.ops._triton import round_to, store_as, tl, triton
+from dataclasses import dataclass
+from functools import cache
+
+from pyralis.ops._triton import next_power_of_2, round_to, store_as, tl, triton, warps_for
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLaunch:
+    """A program takes one token and a few heads of q or of k."""
+
+    heads: int  # heads of a tile
+    block_half: int  # columns of half the rotated part, a power of two
+    num_warps: int
+
+    @classmethod
+    @cache
+    def of(cls, heads: int, rotated: int) -> HeadLaunch:
+        block_half = next_power_of_2(rotated // 2)
+        tile_heads = min(next_power_of_2(heads), max(1, 1024 // block_half))
+        # Eight elements a thread of either half: two 16-byte loads in flight each.
+        return cls(tile_heads, block_half, warps_for(tile_heads * block_half, per_thread=8))
+
+    def copied_heads(self, heads: int, head_size: int) -> int:
+        """Heads of v that a program copies, a power of two: at most sixteen elements a thread, as q's and k's have."""
+        return min(next_power_of_2(heads), max(1, 512 * self.num_warps // next_power_of_2(head_size)))
 
 
 @triton.jit
@@ -148,17 +173,37 @@ def _backward_heads(
         store_as(target + R + rest[None, :], dz, mask_rest)
 
 
+@triton.jit
+def _copy_heads(
+    x, out, token, first_head, stride, head_stride, out_stride, out_head_stride,
+    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head = first_head + tl.arange(0, HEADS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    mask = (head < H) & (col < D)
+    values = tl.load(x + token * stride + head * head_stride + col, mask=mask)
+    tl.store(out + token * out_stride + head * out_head_stride + col, values, mask=mask)
+
+
 @triton.jit(do_not_specialize=["table_rows"])
 def backward_kernel(
-    dq, dk, dq_out, dk_out, q, k, cos, sin, positions, q_weight, k_weight, q_rstd, k_rstd, partial,
+    dq, dk, dv, dq_out, dk_out, dv_out, q, k, cos, sin, positions, q_weight, k_weight, q_rstd, k_rstd, partial,
     dq_stride, dq_head_stride, dk_stride, dk_head_stride, dq_out_stride, dq_out_head_stride, dk_out_stride,
-    dk_out_head_stride, q_stride, q_head_stride, k_stride, k_head_stride, cos_stride, sin_stride, table_rows,
+    dk_out_head_stride, q_stride, q_head_stride, k_stride, k_head_stride, dv_stride, dv_head_stride, dv_out_stride,
+    dv_out_head_stride, cos_stride, sin_stride, table_rows,
     Q_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HEADS: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, COPY_REST: tl.constexpr,
-    UNIT_OFFSET: tl.constexpr,
+    V_HEADS: tl.constexpr, BLOCK_V: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr, COPY_REST: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     block = tl.program_id(1)
+    if dv is not None:  # noqa: SIM102  (decided when the kernel is compiled)
+        if block >= BLOCKS:
+            _copy_heads(
+                dv, dv_out, token.to(tl.int64), (block - BLOCKS) * V_HEADS,
+                dv_stride, dv_head_stride, dv_out_stride, dv_out_head_stride, HK, V_HEADS, D, BLOCK_V,
+            )  # fmt: skip
+            return
     c, s = _table_row(cos, sin, positions, token, cos_stride, sin_stride, table_rows, R, BLOCK_HALF)
     token = token.to(tl.int64)
     if partial is not None:

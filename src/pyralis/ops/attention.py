@@ -25,6 +25,7 @@ from pyralis.ops.attention_choice import Choice, Rejection, choose_backend
 from pyralis.ops.attention_parts import Saved
 from pyralis.ops.attention_reference import reference
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec, SharedKeys
+from pyralis.ops.copy_rows import copy_rows
 
 __all__ = [
     "AttentionLayout", "AttentionSpec", "Choice", "Rejection", "Saved", "SharedKeys", "attention", "attention_backward",
@@ -166,7 +167,7 @@ def attention_forward(
     keys, values = (k, v) if layout.shared is None else (layout.shared.spread(k), layout.shared.spread(v))
     result, state = BACKENDS[name].forward(q, keys, values, spec, layout)
     if out is not None:
-        result = out.copy_(result)
+        result = copy_rows(out, result)
     return result, Saved(name, spec, layout, q, k, v, result, state)
 
 
@@ -186,7 +187,7 @@ def attention_backward(
     if out is None:
         return grads
     for buffer, grad in zip(out, grads):
-        buffer.copy_(grad)
+        copy_rows(buffer, grad)
     return out
 
 

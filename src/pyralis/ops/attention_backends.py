@@ -18,6 +18,7 @@ from pyralis.ops.attention_flex import flex
 from pyralis.ops.attention_parts import Backend, Gradients, Saved, State, by_autograd, heads, repeated, rows, summed
 from pyralis.ops.attention_reference import reference
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
+from pyralis.ops.copy_rows import contiguous_rows
 
 
 def _cudnn_forward(
@@ -145,9 +146,9 @@ def _efficient_backward(dout: Tensor, saved: Saved) -> Gradients:
     spec, layout = saved.spec, saved.layout
     # Of rows with room behind them (for LoRA's columns) its gradients are wrong: measured on an H100, torch 2.11.
     given = {
-        "grad_out_": heads(dout.contiguous(), spec, layout), "query": heads(saved.q, spec, layout),
+        "grad_out_": heads(contiguous_rows(dout), spec, layout), "query": heads(saved.q, spec, layout),
         "key": repeated(saved.k, spec, layout), "value": repeated(saved.v, spec, layout),
-        "out": heads(saved.out.contiguous(), spec, layout), "bias_requires_grad": False,
+        "out": heads(contiguous_rows(saved.out), spec, layout), "bias_requires_grad": False,
         **_efficient_arguments(spec, layout),
     }  # fmt: skip
     if torch.are_deterministic_algorithms_enabled():

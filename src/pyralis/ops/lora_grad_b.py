@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyralis.ops._triton import Gpu, cdiv, gpu_of, launch, store_as, tl, triton
+from pyralis.ops.copy_rows import copy_rows
 from pyralis.ops.gemm import gemm
 from pyralis.ops.lora_dropout_kernels import columns_tile, operand
 from pyralis.ops.lora_group import LoraGroup, Run
@@ -44,7 +45,7 @@ def grad_B(
     parts = _parts(group, gpu_of(dy.device))
     fused = [_fuses(part, dy, B, xa, t, dB) for part in parts]
     if copy is not None and not (fused[0] and len(group.projections) == 1):
-        copy.copy_(dy)
+        copy_rows(copy, dy)
         copy = None
     for part, together in zip(parts, fused):
         alpha = part.run.alpha if dropout else part.run.like.scale

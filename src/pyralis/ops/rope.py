@@ -14,21 +14,13 @@ Source of the maths: Su et al., RoFormer (2021), equation 34.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyralis.ops._rope_kernels import backward_kernel, forward_kernel
-from pyralis.ops._triton import (
-    at_least_float32,
-    cdiv,
-    launch,
-    next_power_of_2,
-    unsupported_tensors,
-    warps_for,
-)
+from pyralis.ops._rope_kernels import HeadLaunch, backward_kernel, forward_kernel
+from pyralis.ops._triton import at_least_float32, cdiv, launch, next_power_of_2, unsupported_tensors
 from pyralis.ops.rms_norm import reference as rms_norm_reference
 
 
@@ -49,23 +41,6 @@ class QKNormSaved(NamedTuple):
     k: Tensor
     q_rstd: Tensor  # [T, H] float32
     k_rstd: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class HeadLaunch:
-    """A program takes one token and a few heads of q or of k."""
-
-    heads: int  # heads of a tile
-    block_half: int  # columns of half the rotated part, a power of two
-    num_warps: int
-
-    @classmethod
-    @cache
-    def of(cls, heads: int, rotated: int) -> HeadLaunch:
-        block_half = next_power_of_2(rotated // 2)
-        tile_heads = min(next_power_of_2(heads), max(1, 1024 // block_half))
-        # Eight elements a thread of either half: two 16-byte loads in flight each.
-        return cls(tile_heads, block_half, warps_for(tile_heads * block_half, per_thread=8))
 
 
 def split_qkv(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,20 +183,29 @@ def rope_backward(
     dk_weight: Tensor | None = None,
     dq_out: Tensor | None = None,
     dk_out: Tensor | None = None,
+    dv: Tensor | None = None,
+    dv_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to q and k, of dq [T, H, D] and dk [T, KV, D] (any token and head stride).
 
     dq_out, dk_out: where they go, in shapes and dtype of dq and dk; by default in place.
+    dv: [T, KV, D], copied to dv_out on the way, which spares the launch; dtype of dq, any token and head stride.
     norm and saved: as in and from the forward. dq_weight, dk_weight: [D], overwritten; None for frozen norms. With
     them a float32 workspace [T, head blocks, D] is allocated; its rows are summed in a fixed order.
     """
     _check(dq, dk, cos, sin, positions)
     assert (norm is None) == (saved is None), "norm and saved go together"
+    assert (dv is None) == (dv_out is None), "dv and dv_out go together"
+    if dv is not None and dv_out is not None:
+        assert dv.shape == dv_out.shape == dk.shape, "dv and dv_out are [T, KV, D]"
+        assert dv.dtype == dv_out.dtype == dq.dtype, "dv and dv_out have the dtype of dq"
     (T, H, D), KV, R = dq.shape, dk.shape[1], cos.shape[1]
     weights = (None, None) if norm is None else (norm.q_weight, norm.k_weight)
     q, k, q_rstd, k_rstd = (None, None, None, None) if saved is None else saved
     dq_out, dk_out = dq if dq_out is None else dq_out, dk if dk_out is None else dk_out
-    if supported(dq, dk, cos, sin, q, k, dq_out, dk_out, *weights) is not None:
+    if supported(dq, dk, cos, sin, q, k, dq_out, dk_out, dv, dv_out, *weights) is not None:
+        if dv is not None and dv_out is not None:
+            dv_out.copy_(dv)
         offset = norm is not None and norm.unit_offset
         cos, sin = _rows(cos, positions, T), _rows(sin, positions, T)
         for grad, out, x, rstd, weight, dweight in (
@@ -236,18 +220,22 @@ def rope_backward(
         return dq_out, dk_out
     plan = HeadLaunch.of(max(H, KV), R)
     q_blocks, k_blocks = cdiv(H, plan.heads), cdiv(KV, plan.heads)
+    v_heads = 0 if dv is None else plan.copied_heads(KV, D)
+    v_blocks = 0 if dv is None else cdiv(KV, v_heads)
     partial = None
     if norm is not None and (dq_weight is not None or dk_weight is not None):
         partial = torch.empty((T, q_blocks + k_blocks, D), dtype=torch.float32, device=dq.device)
     launch(
-        backward_kernel, (T, q_blocks + k_blocks),
-        dq, dk, dq_out, dk_out, q, k, cos, sin, positions, *weights, q_rstd, k_rstd, partial,
+        backward_kernel, (T, q_blocks + k_blocks + v_blocks),
+        dq, dk, dv, dq_out, dk_out, dv_out, q, k, cos, sin, positions, *weights, q_rstd, k_rstd, partial,
         dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1),
         dq_out.stride(0), dq_out.stride(1), dk_out.stride(0), dk_out.stride(1),
         *((0, 0, 0, 0) if q is None or k is None else (q.stride(0), q.stride(1), k.stride(0), k.stride(1))),
+        *((0, 0) if dv is None else dv.stride()[:2]), *((0, 0) if dv_out is None else dv_out.stride()[:2]),
         cos.stride(0), sin.stride(0), max(cos.shape[0], 1),
         device=dq.device, num_warps=plan.num_warps, Q_BLOCKS=q_blocks, BLOCKS=q_blocks + k_blocks, HQ=H, HK=KV,
-        HEADS=plan.heads, D=D, R=R, BLOCK_HALF=plan.block_half, BLOCK_REST=next_power_of_2(D - R),
+        HEADS=plan.heads, V_HEADS=v_heads, BLOCK_V=0 if dv is None else next_power_of_2(D), D=D, R=R,
+        BLOCK_HALF=plan.block_half, BLOCK_REST=next_power_of_2(D - R),
         COPY_REST=norm is not None or dq_out is not dq or dk_out is not dk,
         UNIT_OFFSET=norm is not None and norm.unit_offset,
     )  # fmt: skip

@@ -37,8 +37,13 @@ def _call(shape: tuple, dtype: torch.dtype, indexed: bool) -> Callable[[], None]
                 dq, dk, cos, sin, positions=positions, norm=norm, saved=saved,
                 dq_weight=dweights[0], dk_weight=dweights[1],
             )  # fmt: skip
-        into_q, into_k, _ = split_qkv(meta(T, (H + 2 * KV) * D, dtype=dtype), H, KV)
-        rope_backward(dq, dk, cos, sin, positions=positions, norm=norm, saved=saved, dq_out=into_q, dk_out=into_k)
+        wide = meta(T, (H + 2 * KV) * D + 64, dtype=dtype)[:, : (H + 2 * KV) * D]
+        into_q, into_k, into_v = split_qkv(wide, H, KV)
+        for v in ((None, None), (meta(T, KV, D, dtype=dtype), into_v)):
+            rope_backward(
+                dq, dk, cos, sin, positions=positions, norm=norm, saved=saved,
+                dq_out=into_q, dk_out=into_k, dv=v[0], dv_out=v[1],
+            )  # fmt: skip
 
     return call
 
