@@ -228,7 +228,7 @@ def test_what_cannot_go_down_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     full = Full(monkeypatch, set())
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         retried(model, lambda: loss_of(model).backward())
-    assert 2 <= full.failures <= 5
+    assert 2 <= full.failures <= 6
     assert POLICIES[-1] in planner.plan.policies
     assert all(p.grad is None for p in model.parameters())
 

@@ -34,7 +34,7 @@ def test_restore_gives_stock_classes_back(block: Block) -> None:
     model = build_tiny_model()
     stock = [type(module) for module in model.modules()]
     logits(fast(model))
-    assert restore(model) == 4
+    assert restore(model) == 5
     assert [type(module) for module in model.modules()] == stock
     assert not any(FAST_STATE in vars(module) for module in model.modules())
     for parameter in model.parameters():
@@ -100,7 +100,7 @@ def test_deepcopy_and_pickle(block: Block) -> None:
         nn.init.zeros_(other.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer.weight)
         assert not torch.equal(logits(other), expected), name
         assert torch.equal(logits(model), expected), f"{name} shares weights with the original"
-        assert restore(other) == 4
+        assert restore(other) == 5
 
 
 def test_deepcopy_of_four_bit_layers(tmp_path: Path, block: Block) -> None:

@@ -45,11 +45,17 @@ PHRASES: tuple[tuple[str, str], ...] = (
     (r"\| rank \| backward, apart \|", "| 秩 | 反向，分开 |"),
     (r"\| one kernel \| forward, apart \| one kernel \|", "| 一个内核 | 前向，分开 | 一个内核 |"),
     (r"^\| rows x tokens \| what is kept \| dropout \| ms \|", "| 行 x token | 保留什么 | dropout | 毫秒 |"),
+    (r"\| what is kept \| ms \| predicted \| peak, GiB \|", "| 保留什么 | 毫秒 | 预测 | 峰值，GiB |"),
+    (r"\| predicted \| reserved \|$", "| 预测 | 预留 |"),
+    (r"^\| rows x tokens \| 保留什么", "| 行 x token | 保留什么"),
     (r"\| peak, GiB \|", "| 峰值，GiB |"),
+    (r", the MLP (\d+) tokens at a time \|", r"，MLP 每次 \1 个 token |"),
+    (r", matrices one after another", "，矩阵逐个生成"),
+    (r"\| each layer's input, in host memory", "| 每一层的输入，放在主机内存"),
+    (r", the embedding too", "，嵌入也是"),
     (r"\| everything, and the dequantised weights \|", "| 全部，以及反量化的权重 |"),
     (r"\| everything \|", "| 全部 |"),
     (r"\| all but the cheap parts \|", "| 除低代价的部分以外全部 |"),
-    (r"\| each layer's input, in host memory \|", "| 每一层的输入，放在主机内存 |"),
     (r"\| each layer's input \|", "| 每一层的输入 |"),
 )  # fmt: skip
 

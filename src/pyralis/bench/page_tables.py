@@ -34,6 +34,8 @@ def table_of(path: Path) -> str:
             return markdown_table(Record.read(path))
         case "ragged":
             return ragged_table(record)
+        case "least memory":
+            return least_memory_table(record)
         case _:
             return ops_table(record)
 
@@ -63,6 +65,20 @@ def ragged_table(record: dict[str, Any]) -> str:
         for r in record["results"]
     ]
     return _markdown(["", "supervised tokens/s", "ms", "peak, GiB"], rows)
+
+
+def least_memory_table(record: dict[str, Any]) -> str:
+    """Of steps in little memory: milliseconds and GiB, each beside what the memory plan predicted."""
+    rows = []
+    for r in record["results"]:
+        tile = "" if r["tile"] is None else f", the MLP {r['tile']} tokens at a time"
+        turn = ", matrices one after another" if r["in_turn"] else ""
+        host = ", the embedding too" if r["host"] else ""
+        cells = [f"{r['rows']} x {r['tokens']}", f"{KEPT[r['policy']]}{host}{turn}{tile}"]
+        cells += [f"{r[key]:.1f}" for key in ("ms", "predicted_ms")]
+        rows.append([*cells, *(f"{r[key]:.2f}" for key in ("allocated", "predicted", "reserved"))])
+    columns = ["rows x tokens", "what is kept", "ms", "predicted", "peak, GiB", "predicted", "reserved"]
+    return _markdown(columns, rows)
 
 
 def glu_table(record: dict[str, Any]) -> str:

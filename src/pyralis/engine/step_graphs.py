@@ -56,7 +56,8 @@ logger = logging.getLogger(__name__)
 def use_step_graphs(
     model: nn.Module, mode: CudaGraph = "auto", *, recorder: Recorder | None = None
 ) -> StepGraphs | None:
-    """Record the steps of an accelerated causal LM from now on (`off`: no more); None where that cannot be.
+    """Record the steps of an accelerated causal LM from now on (`off`: no more); None where that cannot be. Those that
+    were recorded before are forgotten, and give their memory back.
 
     recorder: by default CUDA graphs, and nothing on a CPU.
     """
@@ -64,6 +65,8 @@ def use_step_graphs(
     if not is_fast(causal):
         return None
     state = causal_state(causal)
+    if isinstance(state.engine, StepGraphs):
+        state.engine.drop()
     state.engine = None
     if mode == "auto":
         recorder = recorder or recorder_for(next(causal.parameters()).device)

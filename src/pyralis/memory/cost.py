@@ -136,7 +136,7 @@ def outside_seconds(model: ModelShape, batch: Batch, rates: GpuRates, accumulati
     rows, hidden, e = batch.learnt, model.hidden_size, model.head_size
     products = (3 if model.head_trained else 2) * 2 * rows * hidden * model.vocabulary
     loss = rows * model.vocabulary * e * 3  # the logits are read twice and written once, beside the products
-    norm = batch.tokens * hidden * 4 * 16
+    norm = batch.tokens * hidden * (5 * e if model.fused_norm else 4 * 16)
     head = products / (PRODUCTS * rates.matmul_flops_per_s) + _passes(loss + norm, rates)
     copies = sum(group.copied for layer in model.layers for group in layer.groups) * 6
     optimizer = _passes(model.trained * 30, rates) / accumulation + _passes(copies, rates)

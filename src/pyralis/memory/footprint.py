@@ -95,21 +95,25 @@ class HeadBytes:
 
 
 def head_bytes(model: ModelShape, tokens: int, supervised: int, chunk_bytes: int | None) -> HeadBytes:
-    """supervised: rows that reach the head. The final norm is stock's: it keeps a float32 copy, and its backward makes
-    four more."""
-    hidden, e = model.hidden_size, model.head_size
-    rows, left_out = min(supervised, tokens), supervised < tokens
+    """supervised: rows that reach the head. A final norm that is stock's keeps a float32 copy, and its backward makes
+    four more; the fused one reads its input, and writes beside it."""
+    hidden, e, stream = model.hidden_size, model.head_size, model.layers[-1].residual_size
+    rows = min(supervised, tokens)
     stride = -(-model.vocabulary // 64) * 64
     chunk = GPU_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     weight = model.vocabulary * hidden
     if model.head_trained and chunk_bytes is None:
         chunk = max(chunk, weight * e)
     logits = min(rows * stride * e, max(chunk, stride * e))
-    norm = tokens * hidden * (4 + 2 * e)  # float32, normalised, and the output
-    gradient = rows * hidden * e * (2 if left_out else 1)
+    if model.fused_norm:
+        cast = 0 if stream == e else e
+        norm, norm_backward = tokens * (hidden * (2 * stream + cast) + statistics("rms")), tokens * hidden * 3 * stream
+    else:  # float32, normalised, and the output
+        norm, norm_backward = tokens * hidden * (4 + 2 * e), tokens * hidden * (5 * 4 + 2 * e)
+    gradient = rows * hidden * e  # where rows are left out, in place of those that are not
     trained = weight * 4 if model.head_trained else 0
     forward = norm + logits + gradient + trained
-    return HeadBytes(forward, tokens * hidden * (5 * 4 + 2 * e) + trained)
+    return HeadBytes(forward, norm_backward + trained)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from torch import nn
 from pyralis.errors import ModelError
 from pyralis.models.adapters import LinearState, compute_dtype, read_linear
 from pyralis.models.detect import Reason
+from pyralis.models.final_norm import has_fast_norm
 from pyralis.models.gradient_sums import is_narrow
 from pyralis.models.group_state import LayoutOptions, group_layout
 from pyralis.models.host_embedding import embedding_on_host
@@ -138,6 +139,7 @@ class ModelShape:
         outside: bytes of embeddings, head and norms outside the layers, what is in host memory left out.
         trained: number of trained parameters; trained_bytes: their size.
         head_trained: whether the head's weight is trained.
+        fused_norm: whether the last norm is (`models/final_norm.py`), and not stock's.
     """
 
     layers: tuple[LayerShape, ...]
@@ -148,6 +150,7 @@ class ModelShape:
     adapters: int  # bytes of LoRA's parameters
     head_trained: bool
     head_size: int  # bytes of an element of the head
+    fused_norm: bool = True
 
     @property
     def hidden_size(self) -> int:
@@ -176,7 +179,7 @@ def describe_model(
         residual = stream_dtype(layer, embedded).itemsize
         shape = _layer(layer, found, gpu, residual, assumed, autocast)
         shapes.append(known.setdefault(shape, shape))
-    head = causal.get_output_embeddings()
+    head, stream = causal.get_output_embeddings(), stream_dtype(layers[0], embedded)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = {id(p): p for p in causal.parameters() if id(p) not in inside}
     if embedding_on_host(causal):
@@ -193,6 +196,7 @@ def describe_model(
         sum(p.numel() * p.element_size() for name, p in named if "lora_" in name),
         any(p.requires_grad for p in head.parameters()),
         head.weight.element_size() if size is None else size,
+        has_fast_norm(causal.model, stream) if assumed is None else stream == assumed.dtype,
     )
 
 

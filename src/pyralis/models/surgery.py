@@ -21,6 +21,7 @@ from pyralis.models.causal_lm import causal_lm_forward, family_of_model
 from pyralis.models.detect import Reason, detect_layer, family_of
 from pyralis.models.families import FAMILIES
 from pyralis.models.fast_path import backbone_forward, backbone_state, layer_forward, prepare_layers
+from pyralis.models.final_norm import swap_final_norm
 from pyralis.models.layer_state import hooked_module, layer_state
 from pyralis.models.model_weights import ModelWeights
 from pyralis.models.swap import FAST_STATE, STOCK_CLASS, fast_modules, is_fast, restore_module, stock_class, swap
@@ -86,6 +87,8 @@ def accelerate(
         swap(backbone, backbone_forward)
         for layer in layers:
             swap(layer, layer_forward)
+        if (family := family_of(layers[0])) is not None:
+            swap_final_norm(backbone, family)
         for module in model.modules():
             if family_of_model(module) is not None and getattr(module, "model", None) is backbone:
                 swap(module, causal_lm_forward)

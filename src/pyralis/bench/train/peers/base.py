@@ -75,6 +75,7 @@ class Peer(ABC):
     def run(self, variant: str, loop: Loop, shape: Shape, warmup: int) -> Measured:
         """Train for some steps from the start; raises what the peer raises."""
         put_back(self.model, self._start)
+        free_memory()  # what another variant has left reserved
         clock = StepClock(self.device, warmup, self.bench.steps, self.bench.profile)
         batch = make_batch(shape, self.made.facts.vocabulary)
         if loop == "trainer":
