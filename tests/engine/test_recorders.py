@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pyralis.engine import recorders
-from pyralis.engine.recorders import CudaGraphs, first_line, is_shortage
+from pyralis.engine.recorders import CudaGraphs, first_line
+from pyralis.engine.shortage import is_shortage, ran_short
 
 
 class Gpu:
@@ -79,3 +80,11 @@ def test_the_first_error_counts() -> None:
     assert not is_shortage(RuntimeError("CUDA error: invalid argument"))
     assert first_line(KeyError()) == "KeyError"
     assert recorders.recorder_for(torch.device("cpu")) is None
+
+
+def test_what_more_room_may_help() -> None:
+    for text in ("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDNN_STATUS_ALLOC_FAILED"):
+        assert ran_short(RuntimeError(f"CUDA error: {text}"))
+    assert ran_short(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not ran_short(RuntimeError("CUDA error: out of memory")), "of pinned memory, too"
+    assert not ran_short(RuntimeError("CUDA error: invalid argument"))

@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from pyralis.errors import ConfigError, ModelError
 from pyralis.train.device_fit import check_gpu
 from pyralis.train.lean import LeanTrainer
+from pyralis.train.loss_scaling import warn_of_lost_gradients
+from pyralis.train.old_trainer_names import say_once
 from tests.tiny import build_tiny_model
 
 GPU = torch.device("cuda", 0)
@@ -65,3 +67,14 @@ def test_a_trainer_looks(tmp_path: Path) -> None:
     model.hf_device_map = {"": "cuda:1"}
     with pytest.raises(ConfigError, match="The model is on cuda:1"):
         LeanTrainer(model, _OnGpu(str(tmp_path), use_cpu=True, report_to="none"))
+
+
+def test_float16_without_loss_scaling_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    half = build_tiny_model().half()
+    for named, model, said in (({}, half, True), ({"fp16": True}, half, False), ({}, build_tiny_model(), False)):
+        say_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            warn_of_lost_gradients(arguments(**{"fp16": False, **named}), model)
+        assert ("its loss is not scaled" in caplog.text) is said
+    say_once.cache_clear()

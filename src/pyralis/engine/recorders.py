@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from pyralis.engine.shortage import is_shortage
 from pyralis.errors import DeviceError
 from pyralis.ops._capture import mend_capture
 
@@ -115,17 +116,6 @@ def no_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether work failed for want of memory. Ending the capture that it broke may have raised another error; what
-    CUDA itself could not have (for the nodes of a graph, say) comes as an error of no class of its own."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, torch.OutOfMemoryError) or "out of memory" in str(found):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -30,7 +30,8 @@ from pyralis.engine.patience import Patience
 from pyralis.engine.proof import Proof, gradients_of
 from pyralis.engine.recordable import RecordableStep, recordable
 from pyralis.engine.recorded_steps import RecordedSteps
-from pyralis.engine.recorders import Recorder, first_line, is_shortage, mended, recorder_for
+from pyralis.engine.recorders import Recorder, first_line, mended, recorder_for
+from pyralis.engine.shortage import is_shortage, ran_short
 from pyralis.engine.step_check import Checked, summary_of
 from pyralis.engine.step_state import step_state
 from pyralis.engine.surroundings import Surroundings
@@ -208,8 +209,8 @@ class StepGraphs:
         """What `compute` returns; where memory is short, without the recorded steps' memory."""
         try:
             return compute()
-        except torch.OutOfMemoryError:
-            if not self.make_room():
+        except RuntimeError as error:
+            if not (ran_short(error) and self.make_room()):
                 raise
         return compute()
 
@@ -219,8 +220,8 @@ class StepGraphs:
             return ACCUMULATED
         try:
             proof = self._steps.prove(step, as_it_is)
-        except torch.OutOfMemoryError:
-            if not self.make_room():
+        except RuntimeError as error:
+            if not (ran_short(error) and self.make_room()):
                 raise
             return FIRST_STEPS
         if not proof.run.tells():  # of a batch in which nothing is learnt, say; another one will

@@ -27,6 +27,7 @@ from pyralis.train.device_fit import check_gpu
 from pyralis.train.embedding_rate import embedding_parameters, give_learning_rate
 from pyralis.train.flat_optimizer import flat_optimizer, steps_in_backward, trains_base
 from pyralis.train.full_weights import check_steps_in_backward
+from pyralis.train.loss_scaling import warn_of_lost_gradients
 from pyralis.train.module_walk import all_training, parameters_of
 from pyralis.train.old_trainer_names import say_once
 from pyralis.train.out_of_memory import retried
@@ -84,6 +85,7 @@ class LeanTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._flops_per_token = self.step_graphs_summary = None
+        warn_of_lost_gradients(self.args, self._trained)
         with self._loss_filter(False):
             self._filters_losses = self._wanted_filter
             try:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pyralis.engine.shortage import ran_short
 from pyralis.engine.step_graphs import StepGraphs
 from pyralis.engine.surroundings import RandomState
 from pyralis.memory.auto import Planner, planner_of
@@ -40,7 +41,8 @@ def retried(model: Any, step: Callable[[], Result], optimizer: Any = None, accum
 
     optimizer: of all that is trained, None where it is not known. accumulation: micro-batches of its steps.
 
-    Raises torch.OutOfMemoryError where it cannot, or where gradients accumulated so far are lost.
+    Raises what was raised (torch.OutOfMemoryError, RuntimeError of cuBLAS or cuDNN) where it cannot, or where gradients
+    accumulated so far are lost.
     """
     causal = causal_lm_of(model)
     planner, engine = planner_of(causal), _engine(causal)
@@ -55,7 +57,9 @@ def retried(model: Any, step: Callable[[], Result], optimizer: Any = None, accum
     while True:
         try:
             return step()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_short(error):
+                raise
             failure = error.with_traceback(None)  # its frames hold the activations
             failure.__context__ = None
         # Outside of the `except` block, where nothing refers to the frames any more.
@@ -87,7 +91,7 @@ def _engine(causal: nn.Module) -> StepGraphs | None:
     return engine if isinstance(engine, StepGraphs) else None
 
 
-def _go_down(planner: Planner | None, causal: nn.Module, failure: torch.OutOfMemoryError, failures: int) -> None:
+def _go_down(planner: Planner | None, causal: nn.Module, failure: RuntimeError, failures: int) -> None:
     planned = None if planner is None else planner.plan
     if planner is None or not planner.notch_down(causal, failures):
         raise failure
