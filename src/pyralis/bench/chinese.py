@@ -31,7 +31,6 @@ PHRASES: tuple[tuple[str, str], ...] = (
     (r"\| nf4, layer with B r=(\d+) \|", r"| nf4，一层，含秩 \1 的 B |"),
     (r"\| rms_norm \+ residual", "| rms_norm + 残差"),
     (r"\| embedding from host memory \|", "| embedding，从主机内存读取 |"),
-    (r"\| copy into wide rows \|", "| 复制到更宽的行 |"),
     (r", frozen head \|", "，冻结的输出头 |"),
     (r", trained head \|", "，参与训练的输出头 |"),
     (r", both ways in place \|", "，前向和反向，原地 |"),
