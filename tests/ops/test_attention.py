@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyralis.ops import attention as module
+from pyralis.ops._triton import kernels_on_cpu
 from pyralis.ops.attention import attention, attention_backward, attention_forward, backend_for, reference
 from pyralis.ops.attention_parts import Saved, State
 from pyralis.ops.attention_spec import AttentionLayout, AttentionSpec
 from tests.ops.attention_checks import CPU, HEADS, check_backend, inputs, make_layout, make_spec, stock_attention
-from tests.ops.harness import oracle_gradients
+from tests.ops.harness import interpreted, oracle_gradients
 
 CPU_BACKENDS = ("flash_cpu", "math")
 
@@ -138,18 +139,21 @@ def test_padding_reaches_no_real_token(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_given_buffers(backend: str) -> None:
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=interpreted)])
+def test_given_buffers(backend: str, kernels: bool) -> None:
     spec, layout = make_spec(4, 2, 64), make_layout("packed", CPU)
     tensors, dout = inputs(spec, layout, torch.float32, CPU, 0)
     plain, plain_saved = attention_forward(*tensors, spec, layout, backend=backend)
     wide = torch.full((70, 300), 777.0)
-    out, saved = attention_forward(*tensors, spec, layout, out=wide[:, :256], backend=backend)
+    with kernels_on_cpu(kernels):
+        out, saved = attention_forward(*tensors, spec, layout, out=wide[:, :256], backend=backend)
     assert out.data_ptr() == saved.out.data_ptr() == wide.data_ptr()
     assert torch.equal(out, plain)
     assert (wide[:, 256:] == 777).all()
     fused = torch.full((70, 512 + 8), 777.0)
     buffers = tuple(fused[:, :512].split([256, 128, 128], 1))
-    grads = attention_backward(dout, saved, out=buffers)
+    with kernels_on_cpu(kernels):
+        grads = attention_backward(dout, saved, out=buffers)
     for got, want in zip(grads, attention_backward(dout, plain_saved)):
         assert torch.equal(got, want)
     assert grads[1].data_ptr() == fused[:, 256:].data_ptr()
