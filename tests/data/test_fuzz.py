@@ -215,6 +215,12 @@ def test_damaged_files(name: str, data: st.DataObject) -> None:
     check_file(name, data.draw(damaged(FILES[name])), data.draw(st.sampled_from(["error", "skip"])))
 
 
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+def test_names_of_columns_that_are_no_text(name: str) -> None:
+    for changed in (b"\x80ext", b"\xff\xff\xff\xff"):
+        check_file(name, FILES[name].replace(b"text", changed), "error")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))

@@ -32,7 +32,7 @@ def about_rows(path: Path) -> int | None:
             return round(
                 path.stat().st_size / max(len(sample), 1) * (sample.count(b"\n") + (len(sample) < _SAMPLE_BYTES))
             )
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, UnicodeDecodeError):
         return None  # whoever reads it says what is wrong
     return None
 

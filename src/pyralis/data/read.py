@@ -59,7 +59,7 @@ def read_file(path: Path, on_bad: OnBad | None = None) -> Iterator[tuple[Row, So
     assert kind is not None, f"{path} was not resolved by resolve_files"
     try:
         yield from readers[kind](path, on_bad)
-    except (pa.ArrowException, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (pa.ArrowException, gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable {kind} file ({error}). Is it damaged or only half copied?") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
