@@ -45,6 +45,15 @@ class LiveBytes(TorchDispatchMode):
             gc.collect()  # what the interpreter's cycles of references hold
             self.peak = max(self.peak, self._alive())
 
+    def __enter__(self) -> LiveBytes:
+        gc.freeze()  # what was there before is never collected: a look goes through what is new alone
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        gc.unfreeze()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is alive meanwhile is not looked at; what is made is remembered."""

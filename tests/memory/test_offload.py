@@ -66,7 +66,8 @@ def nothing(stream: Any) -> Iterator[None]:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    gc.freeze()  # `held` goes through what is new alone
     now = Stream(None)
     Pretended.alive.clear()
     Pretended.recorded = 0
@@ -77,6 +78,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", nothing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    yield
+    gc.unfreeze()
 
 
 def held() -> int:
