@@ -31,7 +31,7 @@ def test_every_table_has_its_results(page: Path) -> None:
 @every_page
 def test_every_result_has_its_table(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    # A kernel's launches; docs/data.md; docs/troubleshooting.md; docs/step-graphs.md
+    # A kernel's launches; docs/data.md; docs/troubleshooting.md; docs/step-graphs.md, docs/trainers.md
     apart = {
         "nf4-tiles-h100.json", "tokenise-1m-2-cores.json", "deterministic-h100.json", "step-checks-h100.json"
     }  # fmt: skip
@@ -87,3 +87,10 @@ def test_the_price_of_determinism_is_the_result() -> None:
     assert found["equal, deterministic"] == {"weights": True, "losses": True}
     for page in ("docs/troubleshooting.md", "docs/zh/troubleshooting.md"):
         assert f"{fixed / usual - 1:.0%}".replace("%", " %") in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_trainers_share_of_a_step_is_the_result() -> None:
+    (times,) = json.loads((RESULTS / "step-checks-h100.json").read_text(encoding="utf-8"))["times"]
+    for page in ("docs/trainers.md", "docs/zh/trainers.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert all(f"{times[name]:.2f}" in text for name in ("trainer_graph", "bare_graph"))
