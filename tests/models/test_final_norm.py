@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from pyralis.memory.footprint import head_bytes
+from pyralis.memory.shape import Assumed, describe_model
 from pyralis.models import final_norm
 from pyralis.models.causal_lm import causal_lm_loss
-from pyralis.models.surgery import accelerate, restore
+from pyralis.models.surgery import accelerate, decoder_layers, restore
 from pyralis.models.swap import is_fast, stock_class
-from pyralis.ops._triton import kernels_on_cpu
+from pyralis.ops._triton import Gpu, kernels_on_cpu
 from pyralis.ops.linear_cross_entropy import linear_cross_entropy
 from tests.memory.live import LiveBytes
 from tests.memory.test_footprint import describe
@@ -106,6 +108,47 @@ def test_what_stays_stock(monkeypatch: pytest.MonkeyPatch) -> None:
         model.model.norm = odd
         accelerate(model)
         assert not is_fast(odd)
+
+
+def test_a_plan_knows_it_before_the_model_is_fast() -> None:
+    """`pyralis plan` describes models that nothing has been swapped in."""
+    model: Any = build_tiny_model()
+    assert describe(model).fused_norm
+    half = build_tiny_model("gemma").half()  # whose residual stream is float32 then, and its norm's weight is not
+    assert not describe(half).fused_norm
+    assumed = Assumed(four_bit=False, dtype=torch.float16)
+    for family, fused in (("llama", True), ("gemma", False)):
+        model = build_tiny_model(family)
+        assert describe_model(model, decoder_layers(model), Gpu((7, 0), 2), assumed=assumed).fused_norm is fused
+    model.model.norm = nn.LayerNorm(64)
+    assert not describe(model).fused_norm
+    tuned: Any = get_peft_model(build_tiny_model(), LoraConfig(r=4, modules_to_save=["model.norm"]))
+    accelerate(tuned)
+    base = tuned.get_base_model()
+    assert not describe(base).fused_norm
+    assert not describe_model(base, decoder_layers(tuned), Gpu((8, 0), 2), assumed=Assumed(False)).fused_norm
+
+
+def test_compiling_looks_at_none_of_it() -> None:
+    model: Any = build_tiny_model()
+    accelerate(model)
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a cache that is traced through
+        compiled = torch.compile(model.model.norm, backend="eager", fullgraph=True)
+        x = torch.randn(2, 64)
+        assert torch.equal(compiled(x), model.model.norm(x))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """And not left out: fused layers below it would see a gradient that depends on nothing."""
+    model: Any = build_tiny_model()
+    accelerate(model)
+    x = torch.randn(2, 64, requires_grad=True)
+    with kernels_on_cpu():
+        (gradient,) = torch.autograd.grad(model.model.norm(x).square().sum(), [x], create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize(("dtype", "supervised"), [(torch.float32, 40), (torch.bfloat16, 128)])

@@ -139,7 +139,7 @@ class ModelShape:
         outside: bytes of embeddings, head and norms outside the layers, what is in host memory left out.
         trained: number of trained parameters; trained_bytes: their size.
         head_trained: whether the head's weight is trained.
-        fused_norm: whether the last norm is (`models/final_norm.py`), and not stock's.
+        fused_norm: whether the last norm is, or will be (`models/final_norm.py`), and not stock's.
     """
 
     layers: tuple[LayerShape, ...]
@@ -196,7 +196,7 @@ def describe_model(
         sum(p.numel() * p.element_size() for name, p in named if "lora_" in name),
         any(p.requires_grad for p in head.parameters()),
         head.weight.element_size() if size is None else size,
-        has_fast_norm(causal.model, stream) if assumed is None else stream == assumed.dtype,
+        has_fast_norm(causal.model, stream, None if assumed is None else assumed.dtype),
     )
 
 

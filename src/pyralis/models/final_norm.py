@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyralis.models.families import FAMILIES, Family
 from pyralis.models.modules import Unlike, expect_class, expect_norm
-from pyralis.models.swap import is_fast, stock_class, swap
+from pyralis.models.swap import stock_class, swap
 from pyralis.ops.rms_norm import rms_norm, supported
 
 NAME = "norm"
@@ -24,31 +24,41 @@ NAME = "norm"
 def swap_final_norm(backbone: Any, family: Family) -> bool:
     """Make the backbone's last norm fast; whether it is one of the family's."""
     norm = backbone._modules.get(NAME)
-    if norm is None:
-        return False
-    try:
-        expect_class(norm, family.source, f"{family.prefix}RMSNorm", NAME)
-        expect_norm(norm, _eps_name(family), backbone.config.hidden_size, NAME)
-    except Unlike:
+    if norm is None or not _is_understood(norm, family, backbone.config.hidden_size):
         return False
     swap(norm, final_norm_forward)
     return True
 
 
-def has_fast_norm(backbone: Any, stream: torch.dtype) -> bool:
-    """Whether the backbone's last norm is computed here, where kernels run. stream: the dtype of its input."""
+def has_fast_norm(backbone: Any, stream: torch.dtype, stored: torch.dtype | None = None) -> bool:
+    """Whether the last norm of an accelerated backbone, or of one that will be, is computed here, where kernels run.
+
+    stream: the dtype of its input. stored: that of its weight; None: what it is now.
+    """
     norm = backbone._modules.get(NAME)
-    return norm is not None and is_fast(norm) and norm.weight.dtype == stream
+    family = _family_of(stock_class(type(norm)))
+    if family is None or not _is_understood(norm, family, backbone.config.hidden_size):
+        return False
+    return (norm.weight.dtype if stored is None else stored) == stream  # type: ignore[no-any-return]
 
 
 def final_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """Of the norm, in place of its class's: [..., H] of [..., H], differentiable in them and in the weight."""
     stock: Any = stock_class(type(self))
-    family = _family_of(stock)
-    if family is None or torch.compiler.is_compiling() or not _serves(self.weight, hidden_states):
+    family = None if torch.compiler.is_compiling() else _family_of(stock)  # it warns of caches that it looks into
+    if family is None or not _serves(self.weight, hidden_states):
         return stock.forward(self, hidden_states)  # type: ignore[no-any-return]
     eps = getattr(self, _eps_name(family))
     return rms_norm(hidden_states, self.weight, eps, unit_offset=family.unit_offset)
+
+
+def _is_understood(norm: Any, family: Family, features: int) -> bool:
+    try:
+        expect_class(norm, family.source, f"{family.prefix}RMSNorm", NAME)
+        expect_norm(norm, _eps_name(family), features, NAME)
+    except Unlike:
+        return False
+    return True
 
 
 def _serves(weight: Any, x: Tensor) -> bool:

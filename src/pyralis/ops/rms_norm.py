@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyralis.ops._norm import MAX_FEATURES, RowLaunch, norm_weight_gradients
 from pyralis.ops._norm_trained import ONE_PASS_FEATURES, norm_backward_trained
@@ -232,6 +233,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
         h, weight, rstd = ctx.saved_tensors
         dweight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
