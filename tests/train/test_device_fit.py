@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from pyralis.errors import ConfigError, ModelError
 from pyralis.train.device_fit import check_gpu
@@ -71,10 +71,29 @@ def test_a_trainer_looks(tmp_path: Path) -> None:
 
 def test_float16_without_loss_scaling_is_said(caplog: pytest.LogCaptureFixture) -> None:
     half = build_tiny_model().half()
-    for named, model, said in (({}, half, True), ({"fp16": True}, half, False), ({}, build_tiny_model(), False)):
+    for precision, model, said in (("no", half, True), ("fp16", half, False), ("no", build_tiny_model(), False)):
         say_once.cache_clear()
         caplog.clear()
         with caplog.at_level("WARNING"):
-            warn_of_lost_gradients(arguments(**{"fp16": False, **named}), model)
+            warn_of_lost_gradients(precision, model)
         assert ("its loss is not scaled" in caplog.text) is said
+    say_once.cache_clear()
+
+
+def test_a_launcher_may_have_chosen_loss_scaling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`accelerate launch --mixed_precision fp16`, of which `args.fp16` says nothing."""
+    rows = [{"input_ids": list(range(4, 12)), "labels": list(range(4, 12))}]
+    for chosen in ("fp16", "no"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", chosen)
+        say_once.cache_clear()
+        caplog.clear()
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no")
+        with caplog.at_level("WARNING"):
+            trainer = LeanTrainer(build_tiny_model().half(), args, train_dataset=rows)
+            monkeypatch.setattr(Trainer, "train", lambda *_, **__: None)
+            trainer.train()
+        assert not args.fp16
+        assert ("its loss is not scaled" in caplog.text) is (chosen == "no")
     say_once.cache_clear()

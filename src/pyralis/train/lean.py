@@ -85,7 +85,7 @@ class LeanTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._flops_per_token = self.step_graphs_summary = None
-        warn_of_lost_gradients(self.args, self._trained)
+        warn_of_lost_gradients(self.accelerator.mixed_precision, self._trained)
         with self._loss_filter(False):
             self._filters_losses = self._wanted_filter
             try:

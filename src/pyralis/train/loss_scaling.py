@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -11,9 +9,12 @@ from pyralis.train.module_walk import parameters_of
 from pyralis.train.old_trainer_names import say_once
 
 
-def warn_of_lost_gradients(args: Any, model: nn.Module) -> None:
-    """`TrainingArguments()` has it so for a model that was loaded in float16. Said once."""
-    if args.fp16 or args.bf16 or not any(p.dtype == torch.float16 for p in parameters_of(model)):
+def warn_of_lost_gradients(mixed_precision: str, model: nn.Module) -> None:
+    """`TrainingArguments()` has it so for a model that was loaded in float16. Said once.
+
+    mixed_precision: the accelerator's, which `accelerate launch --mixed_precision` chooses, too; "no" if it is off.
+    """
+    if mixed_precision != "no" or not any(p.dtype == torch.float16 for p in parameters_of(model)):
         return
     say_once(
         "The model computes in float16 and its loss is not scaled: gradients below 6e-8 are lost. `fp16=True` scales "
