@@ -11,7 +11,8 @@ import torch
 
 from pyralis.engine import recorders
 from pyralis.engine.recorders import CudaGraphs, first_line
-from pyralis.engine.shortage import is_shortage, ran_short
+from pyralis.engine.shortage import is_shortage
+from pyralis.ops._shortage import ran_short
 
 
 class Gpu:

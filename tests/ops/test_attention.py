@@ -223,6 +223,18 @@ def test_any_error_passes_a_backend_over(monkeypatch: pytest.MonkeyPatch) -> Non
     assert str(reason).startswith("failed when tried: out of resource: shared memory")
 
 
+def test_want_of_memory_tells_nothing_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = module.BACKENDS["math"]
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("cuDNN: CUDNN_STATUS_ALLOC_FAILED")):
+
+        def raises(*_: object, error: Exception = error) -> tuple[Tensor, State]:
+            raise error
+
+        monkeypatch.setattr(module, "BACKENDS", {**module.BACKENDS, "cudnn": replace(right, forward=raises)})
+        with pytest.raises(type(error), match=str(error)):
+            module._try("cudnn", make_spec(4, 2, 64), make_layout("padded", CPU), torch.float16, CPU)
+
+
 def test_a_wrong_gradient_is_noticed_when_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     right = module.BACKENDS["flash_cpu"]
     for which in range(3):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from rich.console import Console
 from torch import Tensor
@@ -17,6 +18,7 @@ from pyralis.errors import DataError
 from pyralis.lora.attach import LoraSettings, attach_lora
 from pyralis.models.fused import FusedBlock
 from pyralis.models.load import ModelSettings, load_model
+from pyralis.verify import run as verify_run
 from pyralis.verify.result import Verification
 from pyralis.verify.run import VerifySettings, verify_model
 from pyralis.verify.show import show
@@ -107,6 +109,23 @@ def test_an_adapter_and_data_of_the_users(tmp_path: Path) -> None:
         assert found.subject.adapter == str(tmp_path / "adapter")
     with pytest.raises(DataError, match="learnt"):
         verify_model(VerifySettings(str(base), data=str(data), tokens=8))
+
+
+def test_a_truth_that_does_not_fit_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: Any = object()
+    errors = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+    failures = iter([*errors, RuntimeError("shapes cannot be multiplied")])
+
+    def measured(model: Any, batch: Any, dtype: torch.dtype) -> Any:
+        if dtype == torch.float64:
+            raise next(failures)
+        return fits
+
+    monkeypatch.setattr(verify_run, "measure_truth", measured)
+    for _ in errors:
+        assert verify_run._truth(fits, fits, torch.float64) == (fits, torch.float32)
+    with pytest.raises(RuntimeError, match="multiplied"):
+        verify_run._truth(fits, fits, torch.float64)
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from pyralis.engine.proof import Proof, gradients_of
 from pyralis.engine.recordable import RecordableStep, recordable
 from pyralis.engine.recorded_steps import RecordedSteps
 from pyralis.engine.recorders import Recorder, first_line, mended, recorder_for
-from pyralis.engine.shortage import is_shortage, ran_short
+from pyralis.engine.shortage import is_shortage
 from pyralis.engine.step_check import Checked, summary_of
 from pyralis.engine.step_state import step_state
 from pyralis.engine.surroundings import Surroundings
@@ -39,6 +39,7 @@ from pyralis.models.block import is_distributed
 from pyralis.models.causal_lm import Head, LossRequest, answer_of_decoder, causal_lm_of, causal_state
 from pyralis.models.detect import Reason
 from pyralis.models.swap import is_fast
+from pyralis.ops._shortage import ran_short
 
 CudaGraph: TypeAlias = Literal["auto", "off"]
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyralis.ops._shortage import ran_short
 from pyralis.ops.attention_backends import BACKENDS
 from pyralis.ops.attention_choice import Choice, Rejection, choose_backend
 from pyralis.ops.attention_parts import Saved
@@ -133,9 +134,9 @@ def _try(
     try:
         out, saved = attention_forward(q, k, v, spec, layout, backend=name)
         results = (out, *attention_backward(dout, saved))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # cuDNN's, Triton's (no RuntimeError), a compiler's: the next backend is tried
+        if ran_short(error):  # which tells nothing of the backend
+            raise
         return (
             f"failed when tried: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         )

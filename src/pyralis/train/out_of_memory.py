@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyralis.engine.shortage import ran_short
 from pyralis.engine.step_graphs import StepGraphs
 from pyralis.engine.surroundings import RandomState
 from pyralis.memory.auto import Planner, planner_of
@@ -26,6 +25,7 @@ from pyralis.memory.predict import Settings
 from pyralis.models.block import is_distributed
 from pyralis.models.causal_lm import causal_lm_of, causal_state
 from pyralis.models.swap import is_fast
+from pyralis.ops._shortage import ran_short
 from pyralis.ops.adamw_8bit import State8bit
 from pyralis.train.module_walk import parameters_of
 

@@ -17,6 +17,7 @@ from pyralis.models.nf4 import is_four_bit
 from pyralis.models.source import locate_model
 from pyralis.models.surgery import AccelerationReport, accelerate, report, restore
 from pyralis.models.tokenizer import load_tokenizer
+from pyralis.ops._shortage import ran_short
 from pyralis.train.report.environment import describe_environment
 from pyralis.verify.batches import Batch, built_in_examples, examples_of, make_batches
 from pyralis.verify.compare import Comparison, compare
@@ -142,8 +143,8 @@ def _truth(model: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[Outcome,
     """In `dtype`, or in float32 where a GPU has no room for it."""
     try:
         return measure_truth(model, batch, dtype), dtype
-    except torch.OutOfMemoryError:
-        if dtype == torch.float32:
+    except RuntimeError as error:
+        if dtype == torch.float32 or not ran_short(error):
             raise
     torch.cuda.empty_cache()
     return measure_truth(model, batch, torch.float32), torch.float32

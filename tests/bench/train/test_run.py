@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pyralis.bench.train.results import Record, Run
 from pyralis.bench.train.run import _process, _run_peer, measure
 from pyralis.bench.train.settings import MadeModel, ModelFacts, PeerChoice, Shape, TrainBench, parse_peers
+from pyralis.bench.train.worker import OUT_OF_MEMORY, _said
 from pyralis.cli.main import build_app
 from pyralis.errors import ConfigError, PyralisError
 from tests.bench.train.stub_peers import write_stubs
@@ -40,6 +42,12 @@ def run_stub(stub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deadlin
 def test_a_peer_that_crashes_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = run_stub("raise ImportError('no such GPU')", tmp_path, monkeypatch)
     assert said == "ended with status 1: ImportError: no such GPU"
+
+
+def test_want_of_memory_is_known_from_any_library() -> None:
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")):
+        assert _said(error) == OUT_OF_MEMORY
+    assert _said(RuntimeError("no\nreason")) == "RuntimeError: reason"
 
 
 def test_a_peer_that_runs_late_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

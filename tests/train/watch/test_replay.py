@@ -143,6 +143,19 @@ def test_what_happens_between_modules(batch: dict[str, torch.Tensor]) -> None:
     assert "The modules inside it have finite outputs." in origin.words
 
 
+def test_want_of_memory_is_no_fault_of_the_folder(
+    tmp_path: Path, tiny_llama: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(tiny_llama, chats, tmp_path / "out", learning_rate=1e30, max_steps=8)
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr("pyralis.train.watch.replay.find_origin", raises)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        replay(folder)
+
+
 def test_what_is_no_saved_step(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
     with pytest.raises(DataError, match="is no saved step"):
         replay(tmp_path)

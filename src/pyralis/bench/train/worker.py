@@ -59,10 +59,10 @@ def _append(job: Job, line: Any) -> None:
 def _said(error: Exception) -> str:
     import traceback
 
-    import torch
+    from pyralis.ops._shortage import ran_short
 
     traceback.print_exception(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if ran_short(error):
         return OUT_OF_MEMORY
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1]}"[:300]

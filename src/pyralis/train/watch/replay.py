@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyralis.errors import ConfigError, DataError
 from pyralis.lora.attach import attach_lora
 from pyralis.models.load import ModelSettings, load_model
+from pyralis.ops._shortage import ran_short
 from pyralis.train.checkpoints.checkpoint import CONFIG_NAME, RUN_NAME
 from pyralis.train.config.train_config import TrainConfig, config_from_dict
 from pyralis.train.setup import lora_settings
@@ -107,9 +108,9 @@ def replay(folder: str | Path, progress: Callable[[str], None] | None = None, *,
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
             try:
                 origin = find_origin(model, on_device, saved.micro_batches[number].num_items, dtype)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # a batch of other tensors than the model takes makes it raise anything
+                if ran_short(error):
+                    raise
                 raise DataError(
                     f"{folder}: the model cannot compute micro-batch {number + 1} ({type(error).__name__}: {error}). "
                     "Is the folder that of another model, or damaged?"
