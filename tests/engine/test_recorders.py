@@ -22,12 +22,18 @@ class Gpu:
         self.stream: Any = "usual"
         self.ends_with: Exception | None = None
         self.settings: dict[str, Any] = {}
+        self.done: list[str] = []
+        outer = self
 
         class Stream:
             device = torch.device("cpu")
 
+            def wait_stream(self, other: str) -> None:
+                outer.done.append(f"the capture's stream waits for the {other} one")
+
         class Graph:
-            def replay(self) -> None: ...
+            def replay(self) -> None:
+                outer.done.append("replay")
 
         @contextmanager
         def graph(made: Any, *, stream: Any, **settings: Any) -> Iterator[None]:
@@ -57,6 +63,15 @@ def test_a_capture_that_ends_with_an_error_leaves_the_stream(monkeypatch: pytest
     with pytest.raises(RuntimeError, match="previous error"):
         recorder.record(lambda: None)
     assert gpu.stream == "usual"
+
+
+def test_memory_of_the_capture_waits_for_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which runs on another stream than the one that the memory was taken on."""
+    gpu = Gpu(monkeypatch)
+    replay = CudaGraphs(torch.device("cuda")).record(lambda: None)
+    assert not gpu.done
+    replay()
+    assert gpu.done == ["replay", "the capture's stream waits for the usual one"]
 
 
 def test_renewing_on_a_lost_device_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

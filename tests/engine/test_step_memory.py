@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,34 @@ def test_memory_runs_short() -> None:
     assert engine.reason == NO_MEMORY, "tried once"
     steps(small, 1)
     assert (engine.replays, engine.reason) == (3, None)
+
+
+def test_memory_goes_when_no_replay_runs_any_more() -> None:
+    """Given up, or with the engine that another one takes the place of."""
+    cpu = torch.device("cpu")
+    model = make(cpu)
+    events: list[tuple[str, bool]] = []
+    alive: Any = object  # none is looked at yet
+
+    class Recorder(TapeRecorder):
+        def wait(self) -> None:
+            events.append(("wait", alive() is not None))
+
+        def renew(self) -> None:
+            super().renew()
+            events.append(("renew", alive() is not None))
+
+    for give_up in (lambda engine: engine.drop(), lambda engine: use_step_graphs(model, recorder=Recorder())):
+        engine = use_step_graphs(model, recorder=Recorder())
+        assert engine is not None
+        for _ in range(WARM_UP + 2):
+            model.zero_grad()
+            run(model, batch(cpu))
+        assert engine.replays
+        alive = weakref.ref(next(iter(engine._steps.values())))
+        events.clear()
+        give_up(engine)
+        assert events == [("wait", True), ("renew", False)]
 
 
 def test_memory_runs_short_beside_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
