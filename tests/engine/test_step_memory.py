@@ -14,6 +14,7 @@ from pyralis.engine import step_graphs
 from pyralis.engine.step_graphs import FIRST_STEPS, NO_MEMORY, WARM_UP, use_step_graphs
 from pyralis.models.causal_lm import causal_lm_of
 from pyralis.models.fast_path import backbone_state
+from pyralis.models.surgery import accelerate
 from tests.engine.steps import batch, graphs, loss_of, make, run
 from tests.engine.tape import TapeRecorder
 
@@ -57,7 +58,7 @@ def test_memory_runs_short() -> None:
 
 
 def test_memory_goes_when_no_replay_runs_any_more() -> None:
-    """Given up, or with the engine that another one takes the place of."""
+    """Given up, or with the engine that another one takes the place of, or with what makes the model fast."""
     cpu = torch.device("cpu")
     model = make(cpu)
     events: list[tuple[str, bool]] = []
@@ -71,7 +72,12 @@ def test_memory_goes_when_no_replay_runs_any_more() -> None:
             super().renew()
             events.append(("renew", alive() is not None))
 
-    for give_up in (lambda engine: engine.drop(), lambda engine: use_step_graphs(model, recorder=Recorder())):
+    ways: tuple[Callable[[Any], Any], ...] = (
+        lambda engine: engine.drop(),
+        lambda engine: use_step_graphs(model, recorder=Recorder()),
+        lambda engine: accelerate(model),  # anew
+    )
+    for give_up in ways:
         engine = use_step_graphs(model, recorder=Recorder())
         assert engine is not None
         for _ in range(WARM_UP + 2):

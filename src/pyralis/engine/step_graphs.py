@@ -67,7 +67,7 @@ def use_step_graphs(
     if not is_fast(causal):
         return None
     state = causal_state(causal)
-    if isinstance(state.engine, StepGraphs):
+    if state.engine is not None:
         state.engine.drop()
     state.engine = None
     if mode == "auto":

@@ -97,6 +97,10 @@ class LossEngine(Protocol):
 
     def __call__(self, causal: Any, head: Head, arguments: Mapping[str, Any], request: LossRequest) -> Tensor: ...
 
+    def drop(self) -> bool:
+        """Give up all that it keeps of the model, once a device is done with it; whether there was anything."""
+        ...
+
 
 @dataclass(eq=False)
 class CausalState:

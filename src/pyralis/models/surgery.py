@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pyralis.models import fast_path
-from pyralis.models.causal_lm import causal_lm_forward, family_of_model
+from pyralis.models.causal_lm import CausalState, causal_lm_forward, family_of_model
 from pyralis.models.detect import Reason, detect_layer, family_of
 from pyralis.models.families import FAMILIES
 from pyralis.models.fast_path import backbone_forward, backbone_state, layer_forward, prepare_layers
@@ -114,7 +114,10 @@ def report(model: nn.Module) -> AccelerationReport:
 def restore(model: nn.Module) -> int:
     """Give every swapped module its stock class back, and its parameters memory of their own; returns how many."""
     for module in fast_modules(model):
-        kept = getattr(vars(module).get(FAST_STATE), "kept", None)
+        state = vars(module).get(FAST_STATE)
+        if isinstance(state, CausalState) and state.engine is not None:
+            state.engine.drop()  # a recorded step that still runs reads what is given up here
+        kept = getattr(state, "kept", None)
         if kept is not None and fast_path.block is not None:
             fast_path.block.release(kept)
     return sum([restore_module(module) for module in list(fast_modules(model))])
