@@ -66,10 +66,13 @@ class DotLaunch:
     def of(cls, rank: int) -> DotLaunch:
         block_r = max(16, next_power_of_2(rank))
         if block_r == 16:
-            project, grad = Tile(64, 64, 4, 2, (28, 16, 12)), Tile(32, 64, 4, 1, (20, 16, 12))
+            # Columns after a smaller rank are masked, for which three projections leave no registers on sm_86 and 89.
+            project = Tile(64, 64, 4, 2, (28, 16, 12) if rank == 16 else (28, 16))
+            grad = Tile(32, 64, 4, 1, (20, 16, 12))
             return cls(block_r, project, grad, grad_B=Tile(64, 512, 8, 2, (8,)))
         if block_r == 32:
-            project, grad = Tile(64, 64, 8, 1, (16, 12, 8)), Tile(32, 64, 4, 1, (16, 12, 8))
+            # Three projections of grad would spill on sm_90.
+            project, grad = Tile(64, 64, 8, 1, (16, 12, 8)), Tile(32, 64, 4, 1, (16, 12))
         elif block_r == 64:
             project, grad = Tile(64, 128, 8), Tile(32, 64, 8, 1, (16, 16, 16))
         elif block_r == 128:
